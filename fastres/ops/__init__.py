@@ -1,0 +1,22 @@
+"""The fused operations, also as `torch.ops.fastres.*`. Each docstring opens with its formula."""
+
+from ._args import BatchNorm, Conv
+from .add_relu import add_relu
+from .bn_act import bn_add_relu, bn_relu
+from .bn_relu_maxpool import bn_relu_maxpool
+from .conv_bn import conv_bn, conv_bn_add_relu, conv_bn_relu
+from .residual_block import Unit, residual_block
+
+__all__ = [
+    "BatchNorm",
+    "Conv",
+    "Unit",
+    "add_relu",
+    "bn_add_relu",
+    "bn_relu",
+    "bn_relu_maxpool",
+    "conv_bn",
+    "conv_bn_add_relu",
+    "conv_bn_relu",
+    "residual_block",
+]

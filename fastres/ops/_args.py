@@ -1,0 +1,176 @@
+"""The arguments ops share (a convolution, a batch norm) and the checks made before anything is computed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Conv(NamedTuple):
+    """A 2-d convolution: weight (K, C / groups, R, S), optional bias (K,), zero padding."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @staticmethod
+    def of(m: nn.Conv2d) -> Conv:
+        assert not isinstance(m.padding, str)
+        return Conv(m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)  # type: ignore[arg-type]
+
+    def geometry(self) -> list[int]:
+        """[stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups]"""
+        return [*self.stride, *self.padding, *self.dilation, self.groups]
+
+
+class BatchNorm(NamedTuple):
+    """A 2-d batch norm of C channels, with the meaning of torch.nn.functional.batch_norm.
+
+    training: normalise by batch statistics and update the running ones by
+    `running = (1 - momentum) * running + momentum * batch` (unbiased variance); otherwise normalise by the running ones
+    (eval mode, or a frozen BN in a training model). Running statistics may be None when training."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    @staticmethod
+    def of(m: nn.BatchNorm2d) -> BatchNorm:
+        """The batch norm a module stands for at this moment; counts the batch as torch's forward does."""
+        momentum = 0.0 if m.momentum is None else m.momentum
+        if m.training and m.track_running_stats and m.num_batches_tracked is not None:
+            m.num_batches_tracked.add_(1)
+            if m.momentum is None:
+                momentum = 1.0 / float(m.num_batches_tracked)
+        batch_stats = m.training or (m.running_mean is None and m.running_var is None)
+        tracked = not m.training or m.track_running_stats
+        return BatchNorm(
+            m.weight,
+            m.bias,
+            m.running_mean if tracked else None,
+            m.running_var if tracked else None,
+            batch_stats,
+            momentum,
+            m.eps,
+        )
+
+    def affine(self, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(gamma, beta), constants where the batch norm has none."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        gamma = self.weight
+        if gamma is None:
+            gamma = torch.ones(channels, dtype=dtype, device=like.device)
+        beta = self.bias
+        if beta is None:
+            beta = torch.zeros(channels, dtype=dtype, device=like.device)
+        return gamma, beta
+
+    def running(self, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, var) to normalise by when not training; empty tensors when there are none to read."""
+        if self.training:
+            empty = torch.empty(0, device=like.device)
+            return empty, empty
+        assert self.running_mean is not None and self.running_var is not None
+        return self.running_mean, self.running_var
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _shape(t: Tensor) -> str:
+    return "(" + ", ".join(str(s) for s in t.shape) + ")"
+
+
+def check_activation(op: str, name: str, x: Tensor) -> None:
+    """x is a non-empty (N, C, H, W) tensor of a floating dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {name} must be 4-d (N, C, H, W), got {x.dim()}-d {_shape(x)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: {name} has dtype {x.dtype}; accepted: float32, bfloat16, float16 (float64 by the reference)"
+        )
+    if x.numel() == 0:
+        raise ValueError(f"{op}: {name} is empty {_shape(x)}; at least one value is needed")
+
+
+def check_like(op: str, name: str, t: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    """t is an activation of `shape`, and of x's dtype and device."""
+    check_activation(op, name, t)
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {_shape(t)}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} has dtype {t.dtype}, but x has {x.dtype}; they must agree")
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, but x is on {x.device}; move one of them")
+
+
+def conv_out_shape(op: str, x_shape: tuple[int, ...], conv: Conv) -> tuple[int, int, int, int]:
+    """Shape of conv(x), after checking that the geometry is possible."""
+    n, c, h, w = x_shape
+    weight = conv.weight
+    if weight.dim() != 4:
+        raise ValueError(f"{op}: the conv weight must be 4-d (K, C / groups, R, S), got {_shape(weight)}")
+    if weight.shape[1] * conv.groups != c:
+        raise ValueError(
+            f"{op}: x has {c} channels, but the conv weight {_shape(weight)} with groups={conv.groups} "
+            f"takes {weight.shape[1] * conv.groups}"
+        )
+    out = []
+    for size, k, s, p, d in zip(
+        (h, w), weight.shape[2:], conv.stride, conv.padding, conv.dilation, strict=True
+    ):
+        out.append((size + 2 * p - d * (k - 1) - 1) // s + 1)
+    if min(out) < 1:
+        raise ValueError(
+            f"{op}: input {h}x{w} is too small for a {weight.shape[2]}x{weight.shape[3]} conv with "
+            f"stride {conv.stride}, padding {conv.padding}, dilation {conv.dilation}"
+        )
+    return n, weight.shape[0], out[0], out[1]
+
+
+def check_conv(op: str, x: Tensor, conv: Conv) -> None:
+    for name, t in (("conv weight", conv.weight), ("conv bias", conv.bias)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: the {name} is on {t.device}, but x is on {x.device}; move one of them")
+    if conv.weight.dtype not in FLOATS:
+        raise TypeError(f"{op}: the conv weight has dtype {conv.weight.dtype}; a floating dtype is needed")
+
+
+def check_bn(op: str, shape: tuple[int, ...], x: Tensor, bn: BatchNorm, name: str = "bn") -> None:
+    """The vectors of bn have `shape[1]` elements on x's device, and there is something to normalise by."""
+    channels = shape[1]
+    vectors = {
+        "weight": bn.weight,
+        "bias": bn.bias,
+        "running_mean": bn.running_mean,
+        "running_var": bn.running_var,
+    }
+    for field, t in vectors.items():
+        if t is None:
+            continue
+        if t.dim() != 1 or t.shape[0] != channels:
+            raise ValueError(
+                f"{op}: {name}.{field} must have shape ({channels},), one value a channel, got {_shape(t)}"
+            )
+        if t.device != x.device:
+            raise ValueError(
+                f"{op}: {name}.{field} is on {t.device}, but x is on {x.device}; move one of them"
+            )
+    if bn.training:
+        if shape[0] * shape[2] * shape[3] == 1:  # torch's own words (torch.nn.functional.batch_norm)
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}"
+            )
+    elif bn.running_mean is None or bn.running_var is None:
+        raise ValueError(f"{op}: {name} is not training, so running_mean and running_var are needed")

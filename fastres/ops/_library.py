@@ -1,0 +1,42 @@
+"""The torch library `fastres`: schema, implementation, fake and autograd of an op in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+LIBRARY = torch.library.Library("fastres", "DEF")
+
+
+def define(
+    schema: str,
+    impl: Callable,
+    fake: Callable,
+    setup: Callable | None = None,
+    backward: Callable | None = None,
+) -> None:
+    """Register `torch.ops.fastres.<name>`; one implementation for every device, the backend is chosen inside."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastres::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"fastres::{name}", backward, setup_context=setup, lib=LIBRARY
+        )
+
+
+def refuse_double_backward(name: str) -> tuple[Callable, Callable]:
+    """(setup, backward) for an op that computes gradients: differentiating it again is an error, never zeros."""
+
+    def setup(ctx, inputs, output):  # noqa: ANN001
+        pass
+
+    def backward(ctx, *grads):  # noqa: ANN001
+        raise RuntimeError(
+            f"fastres::{name}: double backward is not supported (the gradient of a fused op's gradient). "
+            "Call fastres.revert(model), or leave this module out of convert, to differentiate twice."
+        )
+
+    return setup, backward

@@ -1,0 +1,196 @@
+"""What the ops are made of: allocation, one conv, one batch norm, each forward and backward.
+
+The `alloc_*` functions serve the real and the fake implementations alike, so that shapes and strides cannot differ.
+Statistics of a batch norm travel as one tensor (3, C): mean, biased variance, rstd."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, counters
+from .._layout import is_dense, mask_shape
+
+GEOMETRY = 7  # ints of one conv: stride, padding, dilation (h, w each), groups
+
+
+class Shortcut(NamedTuple):
+    """What is added before the ReLU: a tensor as it is (norm None), or normalised by its own batch norm."""
+
+    x: Tensor
+    norm: Norm | None = None
+
+
+class Norm(NamedTuple):
+    """A batch norm ready to apply: statistics (3, C), gamma, beta in the statistics' dtype.
+
+    A backward under a saved mask needs no beta."""
+
+    stats: Tensor
+    gamma: Tensor
+    beta: Tensor | None = None
+
+    @property
+    def mean(self) -> Tensor:
+        return self.stats[0]
+
+    @property
+    def rstd(self) -> Tensor:
+        return self.stats[2]
+
+
+def stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dense(x: Tensor, where: str) -> Tensor:
+    """x itself when dense in NHWC or NCHW; otherwise a counted contiguous copy."""
+    if is_dense(x):
+        return x
+    counters.count(f"{where}: input of strides {tuple(x.stride())} copied to a dense layout")
+    return x.contiguous()
+
+
+def in_format(x: Tensor, channels_last: bool, where: str) -> Tensor:
+    """x dense in the given layout; a copy is counted."""
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    if x.is_contiguous(memory_format=fmt):
+        return x
+    counters.count(f"{where}: a tensor copied to {'NHWC' if channels_last else 'NCHW'}")
+    return x.contiguous(memory_format=fmt)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward may come, so that something has to be saved for it."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def vector(t: Tensor, like: Tensor) -> Tensor:
+    """A per-channel vector in the dtype the kernels take."""
+    return t.to(stats_dtype(like)).contiguous()
+
+
+def alloc_stats(x: Tensor) -> Tensor:
+    return torch.empty((3, x.shape[1]), dtype=stats_dtype(x), device=x.device)
+
+
+def alloc_mask(z: Tensor, save: bool) -> Tensor:
+    shape = mask_shape(z) if save else (0, 0)
+    return torch.empty(shape, dtype=torch.uint8, device=z.device)
+
+
+def alloc_vectors(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    """`count` per-channel vectors; no two share storage, since ops return them."""
+    return tuple(
+        torch.empty(x.shape[1], dtype=stats_dtype(x), device=x.device) for _ in range(count)
+    )
+
+
+def cast(w: Tensor, x: Tensor) -> Tensor:
+    """Weights are used in the activation's dtype (fp32 master weights under autocast)."""
+    return w if w.dtype == x.dtype else w.to(x.dtype)
+
+
+def conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int]) -> Tensor:
+    sh, sw, ph, pw, dh, dw, groups = geometry
+    bias = None if bias is None else cast(bias, x)
+    return torch.ops.aten.convolution.default(
+        x, cast(weight, x), bias, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups
+    )
+
+
+def conv_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: list[int], need_dx: bool, need_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dw), dw in the weight's dtype."""
+    sh, sw, ph, pw, dh, dw, groups = geometry
+    if not (need_dx or need_dw):
+        return None, None
+    grad_x, grad_w, _ = torch.ops.aten.convolution_backward.default(
+        dy, x, cast(weight, x), None, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups,
+        [need_dx, need_dw, False],
+    )  # fmt: skip
+    return grad_x, None if grad_w is None else grad_w.to(weight.dtype)
+
+
+def bn_statistics(
+    x: Tensor, training: bool, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    """Statistics (3, C) to normalise x by: the batch's, or the running ones."""
+    stats = alloc_stats(x)
+    if training:
+        backends.select(x).bn_stats(stats[0], stats[1], stats[2], x, eps)
+    else:
+        stats[0].copy_(running_mean)
+        stats[1].copy_(running_var)
+        torch.rsqrt(stats[1] + eps, out=stats[2])
+    return stats
+
+
+def normalise(
+    x: Tensor,
+    norm: Norm,
+    relu: bool,
+    save_mask: bool = False,
+    shortcut: Shortcut | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(z, mask) of z = act(norm(x) + shortcut); `out` may be x itself where x is not needed again."""
+    z = torch.empty_like(x) if out is None else out
+    mask = alloc_mask(x, save_mask)
+    res, res_norm = (None, None) if shortcut is None else shortcut
+    res_vectors = (None,) * 4
+    if res_norm is not None:
+        res_vectors = (res_norm.mean, res_norm.rstd, res_norm.gamma, res_norm.beta)
+    backends.select(x).bn_apply(
+        z, mask if save_mask else None, x, norm.mean, norm.rstd, norm.gamma, norm.beta,
+        res, *res_vectors, relu,
+    )  # fmt: skip
+    return z, mask
+
+
+class NormGrads(NamedTuple):
+    """Gradients of z = act(norm(x) + shortcut)."""
+
+    dx: Tensor
+    dgamma: Tensor
+    dbeta: Tensor
+    dres: Tensor | None = None
+    res_dgamma: Tensor | None = None
+
+
+def normalise_bwd(
+    dz: Tensor,
+    mask: Tensor | None,
+    x: Tensor,
+    norm: Norm,
+    gate: str,
+    training: bool,
+    shortcut: Shortcut | None = None,
+    res_training: bool = False,
+    want_dres: bool = True,
+    inplace: bool = False,
+) -> NormGrads:
+    """The two passes of a batch norm's backward: sums, then apply. `inplace` writes dx over dz."""
+    backend = backends.select(x)
+    dual = shortcut is not None and shortcut.norm is not None
+    vectors = alloc_vectors(x, 3 if dual else 2)
+    dgamma, dbeta = vectors[:2]
+    res_dgamma = vectors[2] if dual else None
+    res, res_norm = (None, None) if not dual or shortcut is None else shortcut
+    res_mean, res_rstd, res_gamma = (
+        (None, None, None) if res_norm is None else (res_norm.mean, res_norm.rstd, res_norm.gamma)
+    )
+    backend.bn_bwd_reduce(
+        dgamma, dbeta, res_dgamma, dz, mask, x, norm.mean, norm.rstd, norm.gamma, norm.beta,
+        res, res_mean, res_rstd, gate,
+    )  # fmt: skip
+    dx = dz if inplace else torch.empty_like(x)
+    dres = torch.empty_like(x) if shortcut is not None and want_dres else None
+    backend.bn_bwd_apply(
+        dx, dres, dz, mask, x, norm.mean, norm.rstd, norm.gamma, norm.beta, dgamma, dbeta,
+        res, res_mean, res_rstd, res_gamma, res_dgamma, gate, training, res_training,
+    )  # fmt: skip
+    return NormGrads(dx, dgamma, dbeta, dres, res_dgamma)

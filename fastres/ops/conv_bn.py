@@ -1,0 +1,246 @@
+"""conv_bn, conv_bn_relu and conv_bn_add_relu: y = conv(x); z = act(bn(y) + s), one autograd node.
+
+s = 0, a tensor, or its own batch norm's output (see bn_act). Saved: x, the raw conv output y, (mean, var, rstd), a bit mask.
+Traffic beyond the conv: forward reads y twice and writes z; backward reads dz and y twice and writes dy once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._args import (
+    BatchNorm,
+    Conv,
+    check_activation,
+    check_bn,
+    check_conv,
+    check_like,
+    conv_out_shape,
+)
+from ._library import define, refuse_double_backward
+from ._units import alloc_mask, alloc_stats, alloc_vectors, conv_bwd, conv_fwd, dense, needs_grad
+from .bn_act import _bn_act, _bn_act_bwd
+from .running_stats import update_running_stats
+
+
+def _conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: list[int],
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    eps: float,
+    residual: Tensor | None,
+    res_gamma: Tensor | None,
+    res_beta: Tensor | None,
+    res_running_mean: Tensor | None,
+    res_running_var: Tensor | None,
+    res_training: bool,
+    res_eps: float,
+    relu: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y = dense(conv_fwd(dense(x, "conv_bn"), weight, bias, geometry), "conv_bn conv output")
+    z, mask, stats, res_stats = _bn_act(
+        y, gamma, beta, running_mean, running_var, training, eps, residual, res_gamma, res_beta,
+        res_running_mean, res_running_var, res_training, res_eps, relu, save,
+    )  # fmt: skip
+    return z, mask, y if save else y.new_empty(0), stats, res_stats
+
+
+def _conv_bn_act_fake(x, weight, bias, geometry, gamma, beta, running_mean, running_var, training, eps,
+                      residual, res_gamma, res_beta, res_running_mean, res_running_var, res_training,
+                      res_eps, relu, save):  # fmt: skip
+    y = dense(conv_fwd(dense(x, "conv_bn"), weight, bias, geometry), "conv_bn conv output")
+    stats = alloc_stats(y)
+    res_stats = alloc_stats(y) if res_gamma is not None else stats.new_empty((0, 0))
+    return (
+        torch.empty_like(y),
+        alloc_mask(y, save and relu),
+        y if save else y.new_empty(0),
+        stats,
+        res_stats,
+    )
+
+
+def _conv_bn_act_bwd(
+    dz: Tensor,
+    mask: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: list[int],
+    y: Tensor,
+    stats: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    training: bool,
+    residual: Tensor | None,
+    res_stats: Tensor | None,
+    res_gamma: Tensor | None,
+    res_training: bool,
+    relu: bool,
+    has_shortcut: bool,
+    need_dx: bool,
+    need_dw: bool,
+    need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy, dgamma, dbeta, dres, res_dgamma = _bn_act_bwd(
+        dz, mask, y, stats, gamma, beta, training, residual, res_stats, res_gamma, res_training,
+        relu, has_shortcut,
+    )  # fmt: skip
+    dx, dw = conv_bwd(dy, dense(x, "conv_bn backward"), weight, geometry, need_dx, need_dw)
+    none = stats.new_empty(0)
+    db = dy.sum((0, 2, 3), dtype=stats.dtype) if need_db else none.clone()
+    return (
+        none if dx is None else dx,
+        none.clone() if dw is None else dw,
+        db,
+        dgamma,
+        dbeta,
+        dres,
+        res_dgamma,
+    )
+
+
+def _conv_bn_act_bwd_fake(dz, mask, x, weight, geometry, y, stats, gamma, beta, training, residual,
+                          res_stats, res_gamma, res_training, relu, has_shortcut, need_dx, need_dw,
+                          need_db):  # fmt: skip
+    dx, dw = conv_bwd(torch.empty_like(y), dense(x, "conv_bn backward"), weight, geometry, need_dx, need_dw)
+    db, dgamma, dbeta, res_dgamma = alloc_vectors(y, 4)
+    none = stats.new_empty(0)
+    return (
+        none if dx is None else dx,
+        none.clone() if dw is None else dw,
+        db if need_db else none.clone(),
+        dgamma,
+        dbeta,
+        torch.empty_like(y) if has_shortcut else none.clone(),
+        res_dgamma if res_gamma is not None else none.clone(),
+    )
+
+
+def _setup(ctx, inputs, output):
+    (x, weight, bias, ctx.geometry, gamma, beta, _, _, ctx.training, _, residual, res_gamma, res_beta,
+     _, _, ctx.res_training, _, ctx.relu, ctx.save) = inputs  # fmt: skip
+    _, mask, y, stats, res_stats = output
+    dual = res_gamma is not None
+    ctx.has_shortcut = residual is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(mask, y, stats, res_stats)
+    ctx.save_for_backward(
+        mask, x, weight, y, stats, gamma, beta, residual if dual else None,
+        res_stats if dual else None, res_gamma, res_beta,
+    )  # fmt: skip
+
+
+def _backward(ctx, dz, *_):
+    if not ctx.save:
+        raise RuntimeError("fastres::conv_bn_act was called with save=False; it has no backward")
+    mask, x, weight, y, stats, gamma, beta, residual, res_stats, res_gamma, res_beta = ctx.saved_tensors
+    need_x, need_w, need_b = ctx.needs_input_grad[:3]
+    dx, dw, db, dgamma, dbeta, dres, res_dgamma = torch.ops.fastres.conv_bn_act_bwd(
+        dz, mask, x, weight, ctx.geometry, y, stats, gamma, beta, ctx.training, residual, res_stats,
+        res_gamma, ctx.res_training, ctx.relu, ctx.has_shortcut, need_x, need_w, need_b,
+    )  # fmt: skip
+    dual = res_gamma is not None
+    return (
+        dx if need_x else None,
+        dw if need_w else None,
+        db.to(ctx.bias_dtype) if need_b else None,
+        None, dgamma.to(gamma.dtype), dbeta.to(beta.dtype), None, None, None, None,
+        dres if ctx.has_shortcut else None,
+        res_dgamma.to(res_gamma.dtype) if dual else None,
+        dbeta.to(res_beta.dtype) if dual else None,
+        None, None, None, None, None, None,
+    )  # fmt: skip
+
+
+define(
+    "conv_bn_act_bwd(Tensor dz, Tensor mask, Tensor x, Tensor weight, int[] geometry, Tensor y, Tensor stats, "
+    "Tensor gamma, Tensor beta, bool training, Tensor? residual, Tensor? res_stats, Tensor? res_gamma, "
+    "bool res_training, bool relu, bool has_shortcut, bool need_dx, bool need_dw, bool need_db) "
+    "-> (Tensor dx, Tensor dw, Tensor db, Tensor dgamma, Tensor dbeta, Tensor dres, Tensor res_dgamma)",
+    _conv_bn_act_bwd,
+    _conv_bn_act_bwd_fake,
+    *refuse_double_backward("conv_bn_act"),
+)
+define(
+    "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, int[] geometry, Tensor gamma, Tensor beta, "
+    "Tensor running_mean, Tensor running_var, bool training, float eps, Tensor? residual, Tensor? res_gamma, "
+    "Tensor? res_beta, Tensor? res_running_mean, Tensor? res_running_var, bool res_training, float res_eps, "
+    "bool relu, bool save) -> (Tensor z, Tensor mask, Tensor y, Tensor stats, Tensor res_stats)",
+    _conv_bn_act,
+    _conv_bn_act_fake,
+    _setup,
+    _backward,
+)
+
+
+def _run(
+    op: str,
+    x: Tensor,
+    conv: Conv,
+    bn: BatchNorm,
+    residual: Tensor | None,
+    residual_bn: BatchNorm | None,
+    relu: bool,
+) -> Tensor:
+    check_activation(op, "x", x)
+    check_conv(op, x, conv)
+    shape = conv_out_shape(op, tuple(x.shape), conv)
+    check_bn(op, shape, x, bn)
+    if residual is not None:
+        check_like(op, "residual", residual, x, shape)
+    gamma, beta = bn.affine(shape[1], x)
+    res: tuple = (None, None, None, None, False, 0.0)
+    if residual_bn is not None:
+        check_bn(op, shape, x, residual_bn, "residual_bn")
+        res = (
+            *residual_bn.affine(shape[1], x),
+            *residual_bn.running(shape[1], x),
+            residual_bn.training,
+            residual_bn.eps,
+        )
+    save = needs_grad(x, conv.weight, conv.bias, gamma, beta, residual, res[0], res[1])
+    z, _, _, stats, res_stats = torch.ops.fastres.conv_bn_act(
+        x, conv.weight, conv.bias, conv.geometry(), gamma, beta, *bn.running(shape[1], x),
+        bn.training, bn.eps, residual, *res, relu, save,
+    )  # fmt: skip
+    bns = [bn] if residual_bn is None else [bn, residual_bn]
+    count = shape[0] * shape[2] * shape[3]
+    update_running_stats(bns, [stats, res_stats][: len(bns)], [count] * len(bns))
+    return z
+
+
+def conv_bn(x: Tensor, conv: Conv, bn: BatchNorm) -> Tensor:
+    """batch_norm(conv2d(x)); see `conv_bn_relu`."""
+    return _run("conv_bn", x, conv, bn, None, None, False)
+
+
+def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm) -> Tensor:
+    """relu(batch_norm(conv2d(x))).
+
+    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or contiguous.
+    conv: weight (K, C / groups, R, S), used in x's dtype; bn: vectors of K elements, its running statistics updated in place when
+    training. Returns (N, K, H', W') in the conv's output layout. Raises ValueError or TypeError that names the
+    argument before anything is computed; torch's own ValueError for one value per channel in training.
+    Source: Ioffe & Szegedy 2015, section 3.2; He et al. 2015, section 3.4 (BN after each conv, before activation)."""
+    return _run("conv_bn_relu", x, conv, bn, None, None, True)
+
+
+def conv_bn_add_relu(
+    x: Tensor,
+    conv: Conv,
+    bn: BatchNorm,
+    residual: Tensor,
+    residual_bn: BatchNorm | None = None,
+) -> Tensor:
+    """relu(batch_norm(conv2d(x)) + s), s = residual, or batch_norm(residual) by `residual_bn`.
+
+    residual: of the conv's output shape, x's dtype and device. Otherwise as `conv_bn_relu`.
+    Source: He et al. 2015, eq. 1 and 2."""
+    return _run("conv_bn_add_relu", x, conv, bn, residual, residual_bn, True)

@@ -1,0 +1,47 @@
+"""running = (1 - momentum) * running + momentum * batch, the variance unbiased (var * M / (M - 1)).
+
+Shapes: each entry a (C,) vector, updated in place in its own dtype. The fused ops are functional and return the batch
+statistics; this one op applies them, so that torch.compile and torch.export see the mutation. Source: Ioffe & Szegedy
+2015, Alg. 2; the rounding is torch.nn.functional.batch_norm's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._args import BatchNorm
+from ._library import define
+
+
+def _update_running_stats(
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    stats: list[Tensor],
+    momenta: list[float],
+    counts: list[int],
+) -> None:
+    for mean, var, st, momentum, m in zip(
+        running_means, running_vars, stats, momenta, counts, strict=True
+    ):
+        mean.copy_(momentum * st[0] + (1 - momentum) * mean.to(st.dtype))
+        unbiased = st[1] * (m / (m - 1)) if m > 1 else st[1]
+        var.copy_(momentum * unbiased + (1 - momentum) * var.to(st.dtype))
+
+
+define(
+    "update_running_stats(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor[] stats, "
+    "float[] momenta, int[] counts) -> ()",
+    _update_running_stats,
+    lambda *args: None,
+)
+
+
+def update_running_stats(bns: list[BatchNorm], stats: list[Tensor], counts: list[int]) -> None:
+    """Update the running statistics of those batch norms that are training and have some."""
+    due = [
+        (bn.running_mean, bn.running_var, st.detach(), float(bn.momentum), m)
+        for bn, st, m in zip(bns, stats, counts, strict=True)
+        if bn.training and bn.running_mean is not None
+    ]
+    if due:
+        torch.ops.fastres.update_running_stats(*(list(column) for column in zip(*due, strict=True)))
