@@ -1,0 +1,252 @@
+"""What the user asked `fastres bench` for, checked before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MODELS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+MODES = ("inference", "train")
+MIN_SIZE = 32  # a ResNet divides the side by 32
+
+
+class UsageError(Exception):
+    """Bad input from the user: one line on stderr, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table section: a dtype ("fp32", "bf16", "fp16") and a mode ("inference", "train")."""
+
+    dtype: str
+    mode: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.dtype} {self.mode}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one run. Paths are absolute, since workers run in another folder."""
+
+    model: str
+    batch: int = 8
+    size: int = 224
+    dtype: str = "both"
+    mode: str = "both"
+    images: str | None = None
+    weights: str | None = None
+    rounds: int = 12
+    iters: int | None = None
+    seconds: float | None = None
+    threads: int | None = None
+    quick: bool = False
+    json: str = ""
+    png: str | None = None
+    compile: bool = True
+    peers: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def cases(self) -> list[Case]:
+        """The (dtype, mode) pairs of this run, in the order of the table."""
+        both = ("fp32", "bf16", "fp16") if self.device == "cuda" else ("fp32", "bf16")
+        dtypes = both if self.dtype == "both" else (self.dtype,)
+        modes = MODES if self.mode == "both" else (self.mode,)
+        return [Case(dtype, mode) for mode in modes for dtype in dtypes]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_model_name(name: str) -> str:
+    """`name` when torchvision has such a ResNet; UsageError with the nearest names when not."""
+    if name in MODELS:
+        return name
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), MODELS, n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise UsageError(f"unknown model '{name}'{hint} Accepted: {', '.join(MODELS)}")
+
+
+def _at_least(minimum: int) -> Any:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(
+                f"'{text}' is not a whole number of at least {minimum}"
+            )
+        return value
+
+    return parse
+
+
+def _positive_seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number of seconds")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fastres bench`."""
+    parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(MODELS)}")
+    what = parser.add_argument_group("what to run")
+    what.add_argument(
+        "--batch", type=_at_least(1), default=8, metavar="N", help="images per step (default 8)"
+    )
+    what.add_argument(
+        "--size",
+        type=_at_least(MIN_SIZE),
+        default=224,
+        metavar="PX",
+        help="side of the square input (default 224)",
+    )
+    what.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16", "both"),
+        default="both",
+        help="fp32, autocast to bf16 or (GPU only) fp16; both = all that the device has (default)",
+    )
+    what.add_argument(
+        "--mode",
+        choices=("inference", "train", "both"),
+        default="both",
+        help="inference, training steps, or both (default)",
+    )
+    what.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes a GPU when torch sees one (default)",
+    )
+    what.add_argument(
+        "--threads",
+        type=_at_least(1),
+        metavar="N",
+        help="CPU threads of every variant (default: torch's own choice)",
+    )
+    what.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
+    )
+    what.add_argument(
+        "--peers",
+        action="store_true",
+        help="also time ONNX Runtime and OpenVINO inference, when installed",
+    )
+    what.add_argument(
+        "--seed",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="seed of weights, crops and labels (default 0)",
+    )
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument(
+        "--images",
+        metavar="DIR",
+        help="folder of .jpg, .jpeg or .png files (default: the two photographs "
+        "that come with scikit-learn)",
+    )
+    inputs.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="state_dict checkpoint for MODEL (default: random weights)",
+    )
+    time = parser.add_argument_group("how long")
+    time.add_argument(
+        "--rounds",
+        type=_at_least(1),
+        metavar="N",
+        help="rounds per dtype and mode; every variant runs once in each "
+        "(default 12; with --quick 4)",
+    )
+    time.add_argument(
+        "--iters",
+        type=_at_least(1),
+        metavar="N",
+        help="steps that a variant runs in a round (default: about half a second)",
+    )
+    time.add_argument(
+        "--seconds",
+        type=_positive_seconds,
+        metavar="S",
+        help="stop the rounds of a dtype and mode after S seconds (at least 3 rounds are run)",
+    )
+    time.add_argument(
+        "--quick",
+        action="store_true",
+        help="about a minute on 2 cores: few rounds, no torch.compile",
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "--json", metavar="FILE", help="results as JSON (default fastres-bench-MODEL.json)"
+    )
+    out.add_argument("--png", metavar="FILE", help="bar chart (default: the JSON's name with .png)")
+
+
+def _output_path(text: str, option: str) -> str:
+    path = Path(text).expanduser().absolute()
+    if path.is_dir():
+        raise UsageError(f"argument {option}: '{text}' is a folder; a file name is needed")
+    if not path.parent.is_dir():
+        raise UsageError(f"argument {option}: the folder of '{text}' does not exist")
+    return str(path)
+
+
+def options_from(args: argparse.Namespace) -> Options:
+    """Checked Options from parsed arguments, `device` still as given. Raises UsageError."""
+    model = check_model_name(args.model)
+    images, weights = args.images, args.weights
+    if images is not None:
+        if not Path(images).is_dir():
+            raise UsageError(f"argument --images: '{images}' is not a folder")
+        images = str(Path(images).absolute())
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise UsageError(f"argument --weights: there is no file '{weights}'")
+        weights = str(Path(weights).absolute())
+    if args.dtype == "fp16" and args.device == "cpu":
+        raise UsageError("argument --dtype: fp16 needs a GPU; the CPU has fp32 and bf16")
+    json_path = _output_path(args.json or f"fastres-bench-{model}.json", "--json")
+    png = args.png or str(Path(json_path).with_suffix(".png"))
+    return Options(
+        model=model,
+        batch=args.batch,
+        size=args.size,
+        dtype=args.dtype,
+        mode=args.mode,
+        images=images,
+        weights=weights,
+        rounds=args.rounds or (4 if args.quick else 12),
+        iters=args.iters,
+        seconds=args.seconds,
+        threads=args.threads,
+        quick=args.quick,
+        json=json_path,
+        png=_output_path(png, "--png"),
+        compile=args.compile,
+        peers=args.peers,
+        device=args.device,
+        seed=args.seed,
+    )
