@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._launch import elementwise_tile, flat, launch, layout
-from ._tile import locate, pack_bits, passes, unpack_bits
+from ._tile import locate, pack_bits, passes, rounded, unpack_bits
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _add_relu_kernel(
     b = tl.load(b_ptr + at, mask=ok, other=0.0)
 
     # 3. add, gate the stored value
-    stored = (a.to(tl.float32) + b.to(tl.float32)).to(z_ptr.dtype.element_ty)
+    stored = rounded(a.to(tl.float32) + b.to(tl.float32), z_ptr.dtype.element_ty)
     keep = passes(stored)
 
     # 4. pack the bits
@@ -73,7 +73,7 @@ def _relu_bwd_kernel(
     # 4. add, store tile
     if dy_ptr is not None:
         dx = dx + dy
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok)
+    tl.store(dx_ptr + at, rounded(dx, dx_ptr.dtype.element_ty), mask=ok)
 
 
 def add_relu(z, mask, a, b):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._launch import elementwise_tile, launch, layout
-from ._tile import load_affine, locate, normalise, pack_bits, passes
+from ._tile import load_affine, locate, normalise, pack_bits, passes, rounded
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _bn_apply_kernel(
             )
             r = normalise(r, r_mean, r_scale, r_beta)
         z = z + r
-    stored = z.to(z_ptr.dtype.element_ty)
+    stored = rounded(z, z_ptr.dtype.element_ty)
 
     # 5. gate the stored value, pack the bits
     if RELU:

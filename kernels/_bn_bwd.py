@@ -18,7 +18,16 @@ from ._launch import (
     reduction,
     workspace,
 )
-from ._tile import load_affine, load_vector, locate, normalise, passes, row_stride, unpack_bits
+from ._tile import (
+    load_affine,
+    load_vector,
+    locate,
+    normalise,
+    passes,
+    rounded,
+    row_stride,
+    unpack_bits,
+)
 
 
 @triton.jit
@@ -27,7 +36,7 @@ def gated(g, x, byte, mean, scale, beta, DTYPE: tl.constexpr, GATE: tl.constexpr
     if GATE == "mask":
         g = tl.where(unpack_bits(byte, M, N), g, 0.0)
     if GATE == "recompute":
-        g = tl.where(passes(normalise(x, mean, scale, beta).to(DTYPE)), g, 0.0)
+        g = tl.where(passes(rounded(normalise(x, mean, scale, beta), DTYPE)), g, 0.0)
     return g
 
 
@@ -280,7 +289,7 @@ def _bn_bwd_apply_kernel(
         mean_g = load_vector(dbeta_ptr, ch, ch_ok, 0.0) * inv_count
         slope = load_vector(dgamma_ptr, ch, ch_ok, 0.0) * inv_count * rstd
         dx = g - mean_g - (x - mean) * slope
-    tl.store(dx_ptr + at, (scale * dx).to(dx_ptr.dtype.element_ty), mask=ok)
+    tl.store(dx_ptr + at, rounded(scale * dx, dx_ptr.dtype.element_ty), mask=ok)
 
     # 6. dres
     if dres_ptr is not None:
@@ -295,7 +304,7 @@ def _bn_bwd_apply_kernel(
                 r_slope = load_vector(res_dgamma_ptr, ch, ch_ok, 0.0) * inv_count * r_rstd
                 dr = g - r_mean_g - (r - r_mean) * r_slope
             dr = r_scale * dr
-        tl.store(dres_ptr + at, dr.to(dres_ptr.dtype.element_ty), mask=ok)
+        tl.store(dres_ptr + at, rounded(dr, dres_ptr.dtype.element_ty), mask=ok)
 
 
 def bn_bwd_reduce(

@@ -7,6 +7,23 @@ forward stored, whatever the compiler contracts.
 import triton
 import triton.language as tl
 
+from ._launch import INTERPRETED as _INTERPRETED
+
+INTERPRETED = tl.constexpr(_INTERPRETED)
+
+
+@triton.jit
+def rounded(v, DTYPE: tl.constexpr):
+    """fp32 -> DTYPE, to nearest even. Triton's interpreter truncates to bf16: there the bits are rounded by hand."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = v.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(v != v, 0x7FC0, bits)
+        out = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        out = v.to(DTYPE)
+    return out
+
 
 @triton.jit
 def pack_bits(keep, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
