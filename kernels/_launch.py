@@ -50,10 +50,10 @@ class Layout:
         return min(self.inner & -self.inner, 128)
 
 
-def layout(x: torch.Tensor) -> Layout:
-    """The (outer, inner) view of a dense activation; dense in both layouts counts as NHWC."""
+def layout(x: torch.Tensor, nhwc: bool | None = None) -> Layout:
+    """The (outer, inner) view of a dense activation; dense in both layouts counts as NHWC, or as the caller says."""
     n, c, h, w = x.shape
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if x.is_contiguous(memory_format=torch.channels_last) if nhwc is None else nhwc:
         return Layout(n * h * w, c, True, n, c, h * w)
     return Layout(n * c, h * w, False, n, c, h * w)
 
@@ -136,7 +136,8 @@ def reduction(lay: Layout, itemsize: int, tensors: int) -> Reduction:
         units, step = lay.outer, unroll * rows
         programs = triton.cdiv(lay.inner, block_c)
     else:
-        elements = num_warps * 32 * vector * min(unroll, 4) // 2
+        # Half of that again: rows of H * W rarely fill a tile, and the sums are per element of it.
+        elements = num_warps * 32 * vector * unroll // 2
         block_c = min(max(8, triton.next_power_of_2(lay.inner)), elements)
         rows = min(elements // block_c, triton.next_power_of_2(lay.batch))
         unroll = 1
