@@ -1,0 +1,133 @@
+"""`fastres.report(model)`: module by module, what is (or would be) fused, by which backend, and why the rest is not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from .. import backends, counters, inference
+from ..nn import FusedMixin, spec_obstacle
+from ._match import Match, find, original_type
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module of the report. status: "fused", "would fuse" (before convert), or "left"; reason: for "left", why;
+    otherwise how the backend was chosen."""
+
+    path: str
+    type: str
+    status: str
+    kind: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What fastres does with a model. `str()` is the table; `to_dict()` and `to_json()` the same as data.
+
+    counters: layout copies and calls that ran unfused since the process started."""
+
+    rows: tuple[Row, ...]
+    counters: dict[str, int]
+
+    @property
+    def fused(self) -> int:
+        """How many blocks and stems run fused."""
+        return sum(row.status == "fused" for row in self.rows)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """The rows of what is not fused."""
+        return tuple(row for row in self.rows if row.status == "left")
+
+    def to_dict(self) -> dict:
+        return {
+            "fused": self.fused,
+            "left": len(self.left),
+            "rows": [asdict(row) for row in self.rows],
+            "counters": self.counters,
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        header = Row("module", "type", "status", "kind", "backend", "why")
+        table = [header, *self.rows]
+        fields = ("path", "type", "status", "kind", "backend")
+        width = {f: max(len(getattr(row, f)) for row in table) for f in fields}
+        lines = [
+            "  ".join([*(getattr(row, f).ljust(width[f]) for f in fields), row.reason]).rstrip()
+            for row in table
+        ]
+        would = sum(row.status == "would fuse" for row in self.rows)
+        lines.append(
+            f"{self.fused} fused, {would} would fuse, {len(self.left)} left as they are"
+        )
+        lines += [f"{count} x {event}" for event, count in sorted(self.counters.items())]
+        return "\n".join(lines)
+
+
+def _backend(m: nn.Module) -> tuple[str, str]:
+    """(backend, how it was chosen) for a module's device and dtype."""
+    p = next(m.parameters())
+    try:
+        name, why = backends.choose(p.device, p.dtype)
+    except backends.BackendError as e:
+        return "none", str(e)
+    if name == "cpu":
+        example = torch.empty(1, 1, 1, 1, dtype=p.dtype)
+        reason = inference.usable(example)
+        if reason is None:
+            why += "; inference on prepacked oneDNN convs (channels_last)"
+        else:
+            why += f"; inference not folded: {reason}"
+    return name, why
+
+
+def report(model: nn.Module) -> Report:
+    """Say, module by module, what is fused, or before `convert` would be, by which backend, and why the rest is not.
+
+    Rows are the blocks and stems a model family knows, and every normalisation layer outside of them. Raises TypeError when
+    model is not a torch.nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
+    rows: list[Row] = []
+    covered: set[int] = set()
+    missed: set[int] = set()
+    for path, m, match in find(model):
+        name = original_type(m).__name__
+        if not isinstance(match, Match):
+            left_by = getattr(m, "_fastres_left", None)
+            rows.append(Row(path or "(model)", name, "left", "", "", left_by or match))
+            missed.update(id(c) for c in m.modules())
+            continue
+        rejected = m.__dict__.get("_fastres_rejected")
+        if rejected is not None:
+            rows.append(Row(path or "(model)", name, "left", match.kind, "", rejected))
+            continue
+        covered.update(id(m.get_submodule(p)) for p, _ in match.spec.covered())
+        backend, why = _backend(m)
+        status = "fused" if isinstance(m, FusedMixin) else "would fuse"
+        rows.append(Row(path or "(model)", name, status, match.kind, backend, why))
+    for path, m in model.named_modules():
+        own = getattr(m, "_fastres", None) if original_type(m).__module__ == "fastres.nn" else None
+        if own is not None:
+            reason = spec_obstacle(m, own.spec)
+            covered.update(id(m.get_submodule(p)) for p, _ in own.spec.covered())
+            backend, why = _backend(m) if reason is None else ("", reason)
+            rows.append(
+                Row(path or "(model)", type(m).__name__, "left" if reason else "fused", "block", backend, why)
+            )
+        elif isinstance(m, NORMS) and id(m) not in covered and id(m) not in missed:
+            rows.append(
+                Row(path, type(m).__name__, "left", "", "", "not part of a block that a model family knows")
+            )
+    return Report(tuple(rows), counters.events())

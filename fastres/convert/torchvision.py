@@ -1,0 +1,60 @@
+"""Matchers for torchvision.models.resnet: ResNet, ResNeXt and Wide-ResNet share three classes."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import ResidualBlockMixin, Spec, StemMixin
+from ._match import Match, Matcher
+
+MODULE = "torchvision.models.resnet"
+
+
+class TorchvisionResNetMixin(StemMixin):
+    """torchvision's ResNet._forward_impl with conv1, bn1, relu and maxpool as one fused step."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        reason = self._obstacle(x)
+        if reason is not None:
+            self._leave(reason)
+            return super()._forward_impl(x)  # type: ignore[misc, no-any-return]
+        m: nn.Module = self  # type: ignore[assignment]
+        x = self.fused_forward(x)
+        x = m.layer4(m.layer3(m.layer2(m.layer1(x))))
+        return m.fc(torch.flatten(m.avgpool(x), 1))  # type: ignore[no-any-return]
+
+
+def plain_stem(m: nn.Module, x: Tensor) -> Tensor:
+    return m.maxpool(m.relu(m.bn1(m.conv1(x))))  # type: ignore[no-any-return]
+
+
+def _block(convs: int) -> Matcher:
+    def match(m: nn.Module) -> Match | str:
+        shortcut = None
+        if m.downsample is not None:
+            if type(m.downsample) is not nn.Sequential or len(m.downsample) != 2:
+                return f"downsample is {type(m.downsample).__name__}, not Sequential(conv, bn)"
+            shortcut = ("downsample.0", "downsample.1")
+        units = tuple((f"conv{i}", f"bn{i}") for i in range(1, convs + 1))
+        return Match(
+            "block", ResidualBlockMixin, Spec(units, shortcut, (("relu", nn.ReLU),)), type(m).forward
+        )
+
+    return match
+
+
+def _resnet(m: nn.Module) -> Match | str:
+    plain = (("relu", nn.ReLU), ("maxpool", nn.MaxPool2d))
+    return Match("stem", TorchvisionResNetMixin, Spec((("conv1", "bn1"),), None, plain), plain_stem)
+
+
+def matchers(module: ModuleType) -> dict[type, Matcher]:
+    """Exact class -> matcher, given the imported torchvision module."""
+    return {
+        module.BasicBlock: _block(2),
+        module.Bottleneck: _block(3),
+        module.ResNet: _resnet,
+    }

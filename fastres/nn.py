@@ -1,0 +1,449 @@
+"""FastRes modules: blocks that run as one fused autograd node, and the mixins by which `convert` gives a user's own
+blocks the same forward.
+
+A fused module *is a* module of the original class with another forward: same children, parameters, hooks and paths. When
+something asks for an intermediate that fusion does not produce (a hook on an inner layer, a replaced child, tracing), the
+call runs the original forward, and the reason is counted for `fastres.report`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.modules.module as torch_module
+from torch import Tensor, nn
+
+from . import counters, inference
+from .ops import BatchNorm, Conv, Unit, bn_relu_maxpool, conv_bn_relu, residual_block
+from .ops._units import needs_grad
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where a fused module finds its layers: paths of conv and batch norm, in execution order.
+
+    units: the main branch; shortcut: the projection's pair, if any; plain: other children the fused forward stands in for
+    (ReLU, max-pool), which must keep their type and carry no hooks."""
+
+    units: tuple[tuple[str, str], ...]
+    shortcut: tuple[str, str] | None = None
+    plain: tuple[tuple[str, type], ...] = ()
+
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        return self.units if self.shortcut is None else (*self.units, self.shortcut)
+
+    def covered(self) -> tuple[tuple[str, type], ...]:
+        """(path, exact type) of every child the fused forward stands in for."""
+        found: list[tuple[str, type]] = list(self.plain)
+        for conv, bn in self.pairs():
+            found += [(conv, nn.Conv2d), (bn, nn.BatchNorm2d)]
+        if self.shortcut is not None and "." in self.shortcut[0]:
+            found.append((self.shortcut[0].rpartition(".")[0], nn.Sequential))
+        return tuple(found)
+
+
+@dataclass
+class Fusion:
+    """What `convert` attaches to a module: the spec, and the folded weights of its convs."""
+
+    spec: Spec
+    caches: dict[str, inference.Cache] = field(default_factory=dict)
+
+    def cache(self, conv: str) -> inference.Cache:
+        return self.caches.setdefault(conv, inference.Cache())
+
+
+def child(module: nn.Module, path: str) -> Any:
+    """The submodule at a dotted path."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def conv_obstacle(conv: nn.Conv2d, name: str) -> str | None:
+    """Why a fused op cannot stand in for this conv; None when it can."""
+    if conv.padding_mode != "zeros":
+        return f"{name} has padding_mode={conv.padding_mode!r}; only zero padding is fused"
+    if isinstance(conv.padding, str):
+        return f"{name} has padding={conv.padding!r}; only explicit padding is fused"
+    if conv.bias is not None:
+        return f"{name} has a bias; a conv bias before a batch norm is not fused"
+    return None
+
+
+def bn_obstacle(bn: nn.BatchNorm2d, name: str) -> str | None:
+    """Why a fused op cannot stand in for this batch norm; None when it can."""
+    if not bn.training and (bn.running_mean is None) != (bn.running_var is None):
+        return f"{name} has only one of running_mean and running_var"
+    return None
+
+
+def pool_obstacle(pool: nn.MaxPool2d, name: str) -> str | None:
+    """Why a fused op cannot stand in for this max-pool; None when it can."""
+    for what in ("kernel_size", "stride", "padding"):
+        value = getattr(pool, what)
+        if isinstance(value, tuple) and len(set(value)) != 1:
+            return f"{name} has a non-square {what} {value}"
+    if pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
+        return f"{name} has dilation, ceil_mode or return_indices"
+    return None
+
+
+def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
+    """Why module cannot run fused as it stands: a child of another type, a hook on one, an unfusable setting."""
+    for path, kind in spec.covered():
+        try:
+            m = child(module, path)
+        except AttributeError:
+            return f"{path} is missing"
+        if type(m) is not kind:
+            return f"{path} is {type(m).__name__}, not {kind.__name__}"
+        if any(getattr(m, hooks) for hooks in _HOOKS):
+            return f"{path} has a hook, which needs the unfused tensors"
+        reason = None
+        if kind is nn.Conv2d:
+            reason = conv_obstacle(m, path)
+        elif kind is nn.BatchNorm2d:
+            reason = bn_obstacle(m, path)
+        elif kind is nn.MaxPool2d:
+            reason = pool_obstacle(m, path)
+        if reason is not None:
+            return reason
+    if any(getattr(torch_module, "_global" + hooks) for hooks in _HOOKS):
+        return "a global module hook is registered"
+    return None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast runs convolutions on x in; None when autocast is off or leaves x alone."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+class FusedMixin:
+    """A module whose forward is fused; mixed in front of the original class by `fused_class`."""
+
+    original_class: type[nn.Module]
+    fused_mixin: type
+    _fastres: Fusion
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Pickle and deepcopy by original class, since the class itself is made at run time."""
+        original = getattr(type(self), "original_class", None)
+        if original is None:
+            return super().__reduce_ex__(protocol)  # type: ignore[return-value]
+        return _rebuild, (type(self).fused_mixin, original), self.__dict__.copy()
+
+    def _obstacle(self, x: Tensor) -> str | None:
+        """Why this call must run the original forward; None when it can run fused."""
+        if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
+            return "traced by fx or jit"
+        reason = spec_obstacle(self, self._fastres.spec)  # type: ignore[arg-type]
+        if reason is not None:
+            return reason
+        if not isinstance(x, Tensor):
+            return f"the input is {type(x).__name__}, not a Tensor"
+        return None
+
+    def _leave(self, reason: str) -> None:
+        counters.count(f"{type(self).__name__} ran unfused: {reason}")
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def fused_class(mixin: type, original: type[nn.Module]) -> type:
+    """The subclass of `original` with `mixin`'s forward; one per pair."""
+    key = (mixin, original)
+    if key not in _classes:
+        _classes[key] = type(
+            "Fast" + original.__name__,
+            (mixin, original),
+            {"original_class": original, "fused_mixin": mixin, "__module__": original.__module__},
+        )
+    return _classes[key]
+
+
+def _rebuild(mixin: type, original: type[nn.Module]) -> nn.Module:
+    cls = fused_class(mixin, original)
+    return cls.__new__(cls)  # type: ignore[no-any-return]
+
+
+def fuse(module: nn.Module, mixin: type, spec: Spec) -> None:
+    """Give module the fused forward, in place."""
+    fusion = Fusion(spec)
+    module.__class__ = fused_class(mixin, type(module))
+    module.__dict__["_fastres"] = fusion
+
+
+def unfuse(module: nn.Module) -> None:
+    """The inverse of `fuse`, exact."""
+    module.__class__ = type(module).original_class  # type: ignore[assignment, attr-defined]
+    del module.__dict__["_fastres"]
+
+
+def folds(module: nn.Module, spec: Spec, x: Tensor) -> bool:
+    """Whether this call is plain CPU inference, which runs on folded, prepacked convs."""
+    if torch.compiler.is_compiling() or inference.usable(x) is not None:
+        return False
+    tensors: list[Tensor | None] = [x]
+    for conv_path, bn_path in spec.pairs():
+        conv, bn = child(module, conv_path), child(module, bn_path)
+        if bn.training or bn.running_mean is None or bn.running_var is None:
+            return False
+        if conv.weight.dtype not in (x.dtype, torch.float32):
+            return False
+        tensors += [conv.weight, bn.weight, bn.bias]
+    return not needs_grad(*tensors) and inference.finite(x)
+
+
+def unit_of(module: nn.Module, pair: tuple[str, str]) -> Unit:
+    return Unit(Conv.of(child(module, pair[0])), BatchNorm.of(child(module, pair[1])))
+
+
+class ResidualBlockMixin(FusedMixin):
+    """relu(bn_K(conv_K(... relu(bn_1(conv_1(x))))) + shortcut(x)) as one node (fastres.ops.residual_block)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = self._obstacle(x)
+        if reason is None:
+            return self.fused_forward(x)
+        self._leave(reason)
+        return super().forward(x)  # type: ignore[misc, no-any-return]
+
+    def _obstacle(self, x: Tensor) -> str | None:
+        reason = super()._obstacle(x)
+        if reason is None and self._fastres.spec.shortcut is None:
+            dtype = autocast_dtype(x)
+            if dtype is not None and x.dtype != dtype:
+                return f"autocast adds a {dtype} branch to a {x.dtype} input, which torch promotes"
+        return reason
+
+    def fused_forward(self, x: Tensor) -> Tensor:
+        module: nn.Module = self  # type: ignore[assignment]
+        spec = self._fastres.spec
+        x = _cast_input(module, spec, x)
+        if folds(module, spec, x):
+            z = _folded_block(module, self._fastres, x)
+            if z is not None:
+                return z
+        shortcut = None if spec.shortcut is None else unit_of(module, spec.shortcut)
+        return residual_block(x, [unit_of(module, pair) for pair in spec.units], shortcut)
+
+
+def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
+    """x in the dtype the convs run in: autocast's, otherwise its own, which must be the weights'."""
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        return x.to(dtype)
+    weight = child(module, spec.units[0][0]).weight
+    if weight.dtype != x.dtype:
+        raise TypeError(
+            f"{type(module).__name__}: the input has dtype {x.dtype}, but the weights have {weight.dtype}; "
+            "convert one of them, or run under torch.autocast"
+        )
+    if weight.device != x.device:
+        raise ValueError(
+            f"{type(module).__name__}: the input is on {x.device}, but the weights are on {weight.device}; "
+            "move one of them"
+        )
+    return x
+
+
+def _folded_block(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
+    """The block on folded convs; None when a folded weight is not finite or not cacheable."""
+    spec = fusion.spec
+
+    def pack(pair: tuple[str, str], h: Tensor) -> inference.Packed | None:
+        return fusion.cache(pair[0]).get(child(module, pair[0]), child(module, pair[1]), h)
+
+    h = x
+    for pair in spec.units[:-1]:
+        packed = pack(pair, h)
+        if packed is None:
+            return None
+        h = inference.conv(h, packed, relu=True)
+    last = pack(spec.units[-1], h)
+    if last is None:
+        return None
+    residual = x
+    if spec.shortcut is not None:
+        packed = pack(spec.shortcut, x)
+        if packed is None:
+            return None
+        residual = inference.conv(x, packed, relu=False)
+    z = inference.conv_add_relu(h, last, residual, inplace=spec.shortcut is not None)
+    return inference.mark_finite(z)
+
+
+def stem_forward(module: nn.Module, fusion: Fusion, pool: str | None, x: Tensor) -> Tensor:
+    """maxpool(relu(bn(conv(x)))): the stem of a ResNet, `pool` the path of its max-pool, or None."""
+    spec = fusion.spec
+    x = _cast_input(module, spec, x)
+    (pair,) = spec.units
+    conv, bn = child(module, pair[0]), child(module, pair[1])
+    window = None if pool is None else child(module, pool)
+    if folds(module, spec, x):
+        packed = fusion.cache(pair[0]).get(conv, bn, x)
+        if packed is not None:
+            z = inference.conv(x, packed, relu=True)
+            return inference.mark_finite(z if window is None else window(z))
+    if window is None:
+        return conv_bn_relu(x, Conv.of(conv), BatchNorm.of(bn))
+    y = nn.functional.conv2d(
+        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+    kernel, stride, padding = (
+        v[0] if isinstance(v, tuple) else v
+        for v in (window.kernel_size, window.stride, window.padding)
+    )
+    return bn_relu_maxpool(y, BatchNorm.of(bn), kernel, stride, padding)
+
+
+class StemMixin(FusedMixin):
+    """A network whose stem (conv, BN, ReLU, max-pool) is fused; a model family's subclass says where it stands."""
+
+    pool: str | None = "maxpool"
+
+    def fused_forward(self, x: Tensor) -> Tensor:
+        return stem_forward(self, self._fastres, self.pool, x)  # type: ignore[arg-type]
+
+
+class ConvBNReLU(nn.Module):
+    """relu(batch_norm(conv2d(x))), trained as one fused node, folded and prepacked for CPU inference.
+
+    Children `conv` (no bias) and `bn`; arguments as torch.nn.Conv2d's. x: (N, in_channels, H, W) ->
+    (N, out_channels, H', W'). Source: He et al. 2015, section 3.4."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False
+        )
+        self.bn = norm_layer(out_channels)
+        self._fastres = Fusion(Spec((("conv", "bn"),)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = spec_obstacle(self, self._fastres.spec)
+        if reason is None:
+            return stem_forward(self, self._fastres, None, x)
+        counters.count(f"ConvBNReLU ran unfused: {reason}")
+        return nn.functional.relu(self.bn(self.conv(x)))
+
+
+class _PlainBlock(nn.Module):
+    """The layers and the plain forward of a residual block; arguments as torchvision's blocks."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        widths: list[tuple[int, int, int]],
+        in_channels: int,
+        downsample: nn.Module | None,
+        groups: int,
+        dilation: int,
+        norm_layer: Callable[[int], nn.Module] | None,
+    ) -> None:
+        super().__init__()
+        norm_layer = nn.BatchNorm2d if norm_layer is None else norm_layer
+        for i, (width, kernel, stride) in enumerate(widths, start=1):
+            spatial = kernel > 1
+            conv = nn.Conv2d(
+                in_channels,
+                width,
+                kernel,
+                stride,
+                padding=dilation * (kernel // 2),
+                dilation=dilation if spatial else 1,
+                groups=groups if spatial else 1,
+                bias=False,
+            )
+            setattr(self, f"conv{i}", conv)
+            setattr(self, f"bn{i}", norm_layer(width))
+            in_channels = width
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = max(stride for _, _, stride in widths)
+        projection = None if downsample is None else ("downsample.0", "downsample.1")
+        units = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(widths) + 1))
+        self._fastres = Fusion(Spec(units, projection, (("relu", nn.ReLU),)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        units = self._fastres.spec.units
+        for i, (conv, bn) in enumerate(units):
+            h = child(self, bn)(child(self, conv)(h))
+            if i < len(units) - 1:
+                h = self.relu(h)
+        return self.relu(h + (x if self.downsample is None else self.downsample(x)))
+
+
+class FastBasicBlock(ResidualBlockMixin, _PlainBlock):
+    """Two 3x3 convs and a shortcut (He et al. 2015, figure 5 left), fused.
+
+    Arguments, children and state_dict keys are those of torchvision.models.resnet.BasicBlock.
+    x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride)."""
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        if groups != 1 or base_width != 64:
+            raise ValueError("FastBasicBlock: only groups=1 and base_width=64 exist")
+        super().__init__(
+            [(planes, 3, stride), (planes, 3, 1)], inplanes, downsample, 1, dilation, norm_layer
+        )
+
+
+class FastBottleneck(ResidualBlockMixin, _PlainBlock):
+    """1x1, 3x3, 1x1 convs and a shortcut (He et al. 2015, figure 5 right; stride on the 3x3), fused.
+
+    Arguments, children and state_dict keys are those of torchvision.models.resnet.Bottleneck.
+    x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride)."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        width = int(planes * (base_width / 64.0)) * groups
+        super().__init__(
+            [(width, 1, 1), (width, 3, stride), (planes * self.expansion, 1, 1)],
+            inplanes,
+            downsample,
+            groups,
+            dilation,
+            norm_layer,
+        )
