@@ -1,0 +1,174 @@
+// fastres._C: raw addresses and sizes in, nothing allocated, no torch. fastres/_cpu.py is the
+// caller. Addresses are integers, 0 where the contract says None. The GIL is released while a
+// kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <string>
+
+#include "build_info.h"
+#include "cpu/runtime.h"
+
+namespace py = pybind11;
+
+namespace fastres {
+namespace {
+
+using Ptr = uintptr_t;
+using I64 = int64_t;
+
+template <class T>
+T* as(Ptr address) {
+  return reinterpret_cast<T*>(address);
+}
+float* f32(Ptr address) { return as<float>(address); }
+void* any(Ptr address) { return as<void>(address); }
+uint8_t* u8(Ptr address) { return as<uint8_t>(address); }
+
+Act act(int dtype, bool nhwc, I64 n, I64 c, I64 s) {
+  Act a{dtype, nhwc, n, c, s, nhwc ? n * s : n * c, nhwc ? c : s, 0};
+  a.mask_row = (a.inner + 7) / 8;
+  return a;
+}
+
+void bn_stats(Ptr mean, Ptr var, Ptr rstd, Ptr x, double eps, int dtype, bool nhwc, I64 n, I64 c,
+              I64 s) {
+  kernels().bn_stats({f32(mean), f32(var), f32(rstd), any(x), eps, act(dtype, nhwc, n, c, s)});
+}
+
+void bn_apply(Ptr z, Ptr mask, Ptr x, Ptr mean, Ptr rstd, Ptr gamma, Ptr beta, Ptr residual,
+              Ptr res_mean, Ptr res_rstd, Ptr res_gamma, Ptr res_beta, bool res_norm, bool relu,
+              int dtype, bool nhwc, I64 n, I64 c, I64 s) {
+  kernels().bn_apply({any(z), u8(mask), any(x), f32(mean), f32(rstd), f32(gamma), f32(beta),
+                      any(residual), f32(res_mean), f32(res_rstd), f32(res_gamma), f32(res_beta),
+                      res_norm, relu, act(dtype, nhwc, n, c, s)});
+}
+
+void bn_bwd_reduce(Ptr dgamma, Ptr dbeta, Ptr res_dgamma, Ptr dz, Ptr mask, Ptr x, Ptr mean,
+                   Ptr rstd, Ptr gamma, Ptr beta, Ptr residual, Ptr res_mean, Ptr res_rstd,
+                   int gate, int dtype, bool nhwc, I64 n, I64 c, I64 s) {
+  kernels().bn_bwd_reduce({f32(dgamma), f32(dbeta), f32(res_dgamma), any(dz), u8(mask), any(x),
+                           f32(mean), f32(rstd), f32(gamma), f32(beta), any(residual),
+                           f32(res_mean), f32(res_rstd), gate, act(dtype, nhwc, n, c, s)});
+}
+
+void bn_bwd_apply(Ptr dx, Ptr dres, Ptr dz, Ptr mask, Ptr x, Ptr mean, Ptr rstd, Ptr gamma,
+                  Ptr beta, Ptr dgamma, Ptr dbeta, Ptr residual, Ptr res_mean, Ptr res_rstd,
+                  Ptr res_gamma, Ptr res_dgamma, int gate, bool training, bool res_norm,
+                  bool res_training, int dtype, bool nhwc, I64 n, I64 c, I64 s) {
+  kernels().bn_bwd_apply({any(dx),         any(dres),     any(dz),
+                          u8(mask),        any(x),        f32(mean),
+                          f32(rstd),       f32(gamma),    f32(beta),
+                          f32(dgamma),     f32(dbeta),    any(residual),
+                          f32(res_mean),   f32(res_rstd), f32(res_gamma),
+                          f32(res_dgamma), gate,          training,
+                          res_norm,        res_training,  act(dtype, nhwc, n, c, s)});
+}
+
+void add_relu(Ptr z, Ptr mask, Ptr a, Ptr b, int dtype, bool nhwc, I64 n, I64 c, I64 s) {
+  kernels().add_relu({any(z), u8(mask), any(a), any(b), act(dtype, nhwc, n, c, s)});
+}
+
+void relu_bwd(Ptr dx, Ptr dy, Ptr dz, Ptr mask, int dtype, bool nhwc, I64 n, I64 c, I64 s) {
+  kernels().relu_bwd({any(dx), any(dy), any(dz), u8(mask), act(dtype, nhwc, n, c, s)});
+}
+
+void bn_relu_maxpool(Ptr z, Ptr index, Ptr x, Ptr mean, Ptr rstd, Ptr gamma, Ptr beta, int kernel,
+                     int stride, int padding, int dtype, bool nhwc, I64 n, I64 c, I64 h, I64 w,
+                     I64 oh, I64 ow) {
+  kernels().bn_relu_maxpool({any(z),
+                             u8(index),
+                             any(x),
+                             f32(mean),
+                             f32(rstd),
+                             f32(gamma),
+                             f32(beta),
+                             {h, w, oh, ow, kernel, stride, padding},
+                             act(dtype, nhwc, n, c, h * w)});
+}
+
+void bn_relu_maxpool_bwd_reduce(Ptr dgamma, Ptr dbeta, Ptr dz, Ptr index, Ptr x, Ptr mean, Ptr rstd,
+                                int kernel, int stride, int padding, int dtype, bool nhwc, I64 n,
+                                I64 c, I64 h, I64 w, I64 oh, I64 ow) {
+  kernels().bn_relu_maxpool_bwd_reduce({nullptr,
+                                        f32(dgamma),
+                                        f32(dbeta),
+                                        any(dz),
+                                        u8(index),
+                                        any(x),
+                                        f32(mean),
+                                        f32(rstd),
+                                        nullptr,
+                                        {h, w, oh, ow, kernel, stride, padding},
+                                        true,
+                                        act(dtype, nhwc, n, c, h * w)});
+}
+
+void bn_relu_maxpool_bwd_apply(Ptr dx, Ptr dz, Ptr index, Ptr x, Ptr mean, Ptr rstd, Ptr gamma,
+                               Ptr dgamma, Ptr dbeta, int kernel, int stride, int padding,
+                               bool training, int dtype, bool nhwc, I64 n, I64 c, I64 h, I64 w,
+                               I64 oh, I64 ow) {
+  kernels().bn_relu_maxpool_bwd_apply({any(dx),
+                                       f32(dgamma),
+                                       f32(dbeta),
+                                       any(dz),
+                                       u8(index),
+                                       any(x),
+                                       f32(mean),
+                                       f32(rstd),
+                                       f32(gamma),
+                                       {h, w, oh, ow, kernel, stride, padding},
+                                       training,
+                                       act(dtype, nhwc, n, c, h * w)});
+}
+
+// The yardstick of bench/cpu_kernels.py: memcpy on the same threads, in chunks of 256 KiB.
+void copy(Ptr dst, Ptr src, I64 bytes) {
+  constexpr I64 kChunk = 256 << 10;
+  struct Job {
+    char* dst;
+    const char* src;
+    I64 bytes;
+  } job{as<char>(dst), as<const char>(src), bytes};
+  parallel_for((bytes + kChunk - 1) / kChunk, 1,
+               [](int64_t begin, int64_t end, void* ctx) {
+                 const Job& j = *static_cast<const Job*>(ctx);
+                 const I64 stop = end * kChunk < j.bytes ? end * kChunk : j.bytes;
+                 std::memcpy(j.dst + begin * kChunk, j.src + begin * kChunk,
+                             static_cast<size_t>(stop - begin * kChunk));
+               },
+               &job);
+}
+
+std::string isa() { return kernels().isa; }
+py::object isas() { return py::str(supported_isas()).attr("split")(); }
+py::object all_isas() { return py::str(built_isas()).attr("split")(); }
+
+}  // namespace
+}  // namespace fastres
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastres;
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "CPU kernels of docs/kernels.md on raw addresses. Private: use fastres.ops.";
+  m.def("bn_stats", &bn_stats, NoGil());
+  m.def("bn_apply", &bn_apply, NoGil());
+  m.def("bn_bwd_reduce", &bn_bwd_reduce, NoGil());
+  m.def("bn_bwd_apply", &bn_bwd_apply, NoGil());
+  m.def("add_relu", &fastres::add_relu, NoGil());
+  m.def("relu_bwd", &fastres::relu_bwd, NoGil());
+  m.def("bn_relu_maxpool", &bn_relu_maxpool, NoGil());
+  m.def("bn_relu_maxpool_bwd_reduce", &bn_relu_maxpool_bwd_reduce, NoGil());
+  m.def("bn_relu_maxpool_bwd_apply", &bn_relu_maxpool_bwd_apply, NoGil());
+  m.def("copy", &copy, NoGil(), "Parallel memcpy(dst, src, bytes): the bandwidth yardstick.");
+
+  m.def("isa", &isa, "The ISA in use; FASTRES_CPU_ISA forces one.");
+  m.def("isas", &isas, "The ISA variants of this build that this CPU runs, worst first.");
+  m.def("built_isas", &all_isas, "All ISA variants of this build.");
+  m.def("set_parallel_for", &set_parallel_for, "Address of torch_parallel_for; 0 = serial.");
+  m.def("has_parallel_for", &has_parallel_for);
+  m.def("tune_malloc", &tune_malloc, "Keep large blocks on the heap (glibc); False elsewhere.");
+  m.def("untune_malloc", &untune_malloc, "glibc's defaults again; False elsewhere.");
+  m.def("advise_heap", &advise_heap, "Huge pages for the heap, if it grew; bytes advised.");
+  m.attr("build_info") = kBuildInfo;
+}
