@@ -1,6 +1,7 @@
 """The Triton backend: the functions of docs/kernels.md on CUDA or HIP tensors.
 
-With TRITON_INTERPRET=1 in the environment before the first call they run, slowly, on CPU tensors: for tests only.
+With TRITON_INTERPRET=1 in the environment before the first call they run, slowly, on CPU tensors:
+for tests only.
 Triton is imported at the first call, not with this package.
 """
 
@@ -43,23 +44,29 @@ def bn_apply(
     """z = act(normalise(x) + r), and the bits of the ReLU's gate."""
     from ._bn_apply import bn_apply as run
 
-    run(z, mask, x, mean, rstd, gamma, beta, residual, res_mean, res_rstd, res_gamma, res_beta, relu)  # fmt: skip
+    run(
+        z, mask, x, mean, rstd, gamma, beta, residual, res_mean, res_rstd, res_gamma, res_beta, relu
+    )
 
 
 def bn_bwd_reduce(
-    dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta, residual, res_mean, res_rstd, gate
+    dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta,
+    residual, res_mean, res_rstd, gate,
 ):  # fmt: skip
     """dbeta = sum g, dgamma = sum g * xhat, res_dgamma = sum g * res_xhat."""
     from ._bn_bwd import bn_bwd_reduce as run
 
-    run(dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta, residual, res_mean, res_rstd, gate)  # fmt: skip
+    run(
+        dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta,
+        residual, res_mean, res_rstd, gate,
+    )  # fmt: skip
 
 
 def bn_bwd_apply(
     dx, dres, dz, mask, x, mean, rstd, gamma, beta, dgamma, dbeta,
     residual, res_mean, res_rstd, res_gamma, res_dgamma, gate, training, res_training,
 ):  # fmt: skip
-    """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M); frozen: gamma * rstd * g. dres likewise, or g."""
+    """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M), frozen gamma * rstd * g; dres."""
     from ._bn_bwd import bn_bwd_apply as run
 
     run(

@@ -26,7 +26,9 @@ def _add_relu_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # 1. locate the tile
-    row0, col0, row_ok, col_ok, at, bits_at, bits_ok = locate(outer, inner_units, ALIGN, BLOCK_M, BLOCK_N)
+    row0, col0, row_ok, col_ok, at, bits_at, bits_ok = locate(
+        outer, inner_units, ALIGN, BLOCK_M, BLOCK_N
+    )
     ok = row_ok[:, None] & col_ok[None, :]
 
     # 2. load tile
@@ -58,7 +60,9 @@ def _relu_bwd_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # 1. locate the tile
-    row0, col0, row_ok, col_ok, at, bits_at, bits_ok = locate(outer, inner_units, ALIGN, BLOCK_M, BLOCK_N)
+    row0, col0, row_ok, col_ok, at, bits_at, bits_ok = locate(
+        outer, inner_units, ALIGN, BLOCK_M, BLOCK_N
+    )
     ok = row_ok[:, None] & col_ok[None, :]
 
     # 2. load tile

@@ -1,4 +1,5 @@
-"""bn_apply: z = act((x - mean) * (gamma * rstd) + beta + r), r = 0, residual or its own normalised form.
+"""bn_apply: z = act(normalise(x) + r), r = 0, residual or normalise(residual).
+normalise(x) = (x - mean) * (gamma * rstd) + beta.
 
 Reads 1-2, writes 1 tensor (and 1/16 of one in bf16 for the mask).
 Accumulates in fp32; rounded once, and the ReLU gates the rounded value.
@@ -37,7 +38,9 @@ def _bn_apply_kernel(
     BLOCK_N: tl.constexpr,
 ):
     # 1. locate the tile
-    row0, col0, row_ok, col_ok, at, bits_at, bits_ok = locate(outer, inner_units, ALIGN, BLOCK_M, BLOCK_N)
+    row0, col0, row_ok, col_ok, at, bits_at, bits_ok = locate(
+        outer, inner_units, ALIGN, BLOCK_M, BLOCK_N
+    )
     ok = row_ok[:, None] & col_ok[None, :]
 
     # 2. load tile

@@ -1,8 +1,9 @@
 """bn_bwd_reduce: dbeta = sum g, dgamma = sum g * xhat, res_dgamma = sum g * res_xhat.
-bn_bwd_apply: dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M); frozen: gamma * rstd * g. dres likewise, or g.
+bn_bwd_apply: dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M), frozen gamma * rstd * g;
+dres likewise, or g.
 
 Reduce reads 2-3 tensors and the bits; apply reads 2-3 (frozen: 1) and the bits, writes 1-2.
-Accumulates in fp32: per thread over a chunk, then over its rows, then over chunks; a fixed order, no atomics.
+Accumulates in fp32: per thread over a chunk, then its rows, then the chunks; no atomics.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from ._tile import (
 
 
 @triton.jit
-def gated(g, x, byte, mean, scale, beta, DTYPE: tl.constexpr, GATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def gated(
+    g, x, byte, mean, scale, beta,
+    DTYPE: tl.constexpr, GATE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
     """g, gated by the bits or by the recomputed stored pre-activation."""
     if GATE == "mask":
         g = tl.where(unpack_bits(byte, M, N), g, 0.0)
@@ -308,8 +312,9 @@ def _bn_bwd_apply_kernel(
 
 
 def bn_bwd_reduce(
-    dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta, residual, res_mean, res_rstd, gate
-):
+    dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta,
+    residual, res_mean, res_rstd, gate,
+):  # fmt: skip
     lay = layout(x)
     res = residual if res_dgamma is not None else None
     cut = reduction(lay, x.element_size(), tensors=2 if res is None else 3)

@@ -1,7 +1,7 @@
-"""bn_relu_maxpool: z = maxpool(relu(normalise(x))); index = the window offset of the first maximum, 255 where z <= 0.
-Backward, at an input pixel: g = sum of dz over the windows whose index points at it; then as bn_bwd_reduce, bn_bwd_apply.
+"""bn_relu_maxpool: z = maxpool(relu(normalise(x))); index = offset of each window's first maximum.
+Backward: g = sum of dz over the windows whose index points at the pixel; then as in _bn_bwd.py.
 
-Forward reads 1, writes 1 / stride^2 tensors and the index; reduce reads 1 + 1 / stride^2; apply reads the same, writes 1.
+Forward reads 1, writes 1 / stride^2 tensors; reduce reads 1 + 1 / stride^2; apply writes 1 more.
 A pixel is read by up to (kernel / stride)^2 windows, from cache but for the first.
 Accumulates in fp32; the pool compares rounded values; gather form, no atomics.
 """
@@ -18,9 +18,10 @@ from ._tile import load_affine, load_vector, normalise, passes, rounded
 
 @triton.jit
 def pixel_offsets(matrix_row, col, P, W, C, NHWC: tl.constexpr):
-    """Image-and-channel index, pixel row and pixel column of each element of an (outer, inner) tile.
+    """Plane, pixel row and pixel column of each element of an (outer, inner) tile.
 
-    NHWC: rows are (n, pixel), columns channels. NCHW: rows are (n, c), columns pixels. Shapes (M, 1) and (1, N).
+    NHWC: rows are (n, pixel), columns channels. NCHW: rows are (n, c), columns pixels.
+    Shapes (M, 1) and (1, N).
     `plane` is the 64-bit index of the image (NHWC) or of the (n, c) plane (NCHW).
     """
     if NHWC:
@@ -137,8 +138,9 @@ def gather(
     dz_ptr, index_ptr, row, col, ok, inner, C, H, W, OH, OW, NHWC: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    """g at the input pixels of an (outer, inner) tile of x; the windows are visited in a fixed order."""
-    WINDOWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE  # that may hold one pixel, along one axis
+    """g at the input pixels of an (outer, inner) tile of x, windows in a fixed order."""
+    # along one axis, windows that may hold a pixel
+    WINDOWS: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     plane, h, w = pixel_offsets(row, col, H * W, W, C, NHWC)
     if NHWC:
         stride_w = inner
@@ -213,7 +215,8 @@ def _bn_relu_maxpool_bwd_reduce_kernel(
             at = row.to(tl.int64)[:, None] * inner + col[None, :]
             x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
             g = gather(
-                dz_ptr, index_ptr, row, col, ok, inner, C, H, W, OH, OW, NHWC, KERNEL, STRIDE, PADDING
+                dz_ptr, index_ptr, row, col, ok, inner, C, H, W, OH, OW, NHWC,
+                KERNEL, STRIDE, PADDING,
             )  # fmt: skip
 
             # 4. add, element by element of the tile
@@ -295,7 +298,8 @@ def _window(kernel, stride, padding):
 def bn_relu_maxpool(z, index, x, mean, rstd, gamma, beta, kernel, stride, padding):
     lay = layout(x)
     pooled = layout(z, lay.nhwc)  # a 1 x 1 map is dense in both layouts: x decides
-    tile = elementwise_tile(pooled, x.element_size())
+    # The nine loads of a 3 x 3 window are in flight at once: with 64 bytes a thread they spill.
+    tile = elementwise_tile(pooled, x.element_size(), thread_bytes=16)
     launch(
         _bn_relu_maxpool_kernel,
         triton.cdiv(pooled.outer, tile.block_m) * triton.cdiv(pooled.inner, tile.block_n),
@@ -333,7 +337,8 @@ def bn_relu_maxpool_bwd_apply(
     dx, dz, index, x, mean, rstd, gamma, dgamma, dbeta, kernel, stride, padding, training
 ):
     lay = layout(x)
-    tile = elementwise_tile(lay, x.element_size())
+    # Up to four windows hold a pixel, two loads each.
+    tile = elementwise_tile(lay, x.element_size(), thread_bytes=32 if lay.nhwc else 16)
     launch(
         _bn_relu_maxpool_bwd_apply_kernel,
         triton.cdiv(lay.outer, tile.block_m) * triton.cdiv(lay.inner, tile.block_n),

@@ -1,8 +1,8 @@
 """bn_stats: mean[c], biased var[c] of x over (N, H, W), rstd = 1 / sqrt(var + eps).
 
 Reads 1 tensor.
-Accumulates (count, mean, M2) in fp32, of x - x[0, c, 0, 0]: per thread over `unroll` rows, merged by Chan's rule over the
-rows of a chunk, then over the rows of a tile, then over chunks; a fixed order, no atomics.
+Accumulates (count, mean, M2) in fp32, of x - x[0, c, 0, 0]: per thread over `unroll` rows, merged
+by Chan's rule over the steps of a chunk, then the rows of a tile, then the chunks; no atomics.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _bn_stats_nhwc_kernel(
     row = tl.arange(0, UNROLL)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
     offs = row * C + col[None, None, :]
 
-    # 2. shift: a value of the channel, near its mean unless that value is an outlier, which costs nothing either
+    # 2. shift: a value of the channel, so near its mean; an outlier does no harm, M2 is exact
     shift = tl.load(x_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, None, :]
     n = tl.zeros((ROWS, 1), tl.float32)
     mean = tl.zeros((ROWS, BLOCK_C), tl.float32)

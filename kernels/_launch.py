@@ -1,7 +1,7 @@
 """Host side of every Triton kernel: layout -> matrix, tiles, reduction cuts, the one launch point.
 
-Nothing here depends on the device in front of it: a tile or a cut is a function of shape, layout and dtype
-alone, so that two devices (and the interpreter) sum in the same order.
+Nothing here depends on the device in front of it: a tile or a cut is a function of shape, layout
+and dtype alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def _probe():
     pass
 
 
-# What triton.jit makes of a function in this process: TRITON_INTERPRET was set, or not, when this module was imported.
+# What triton.jit makes of a function in this process: TRITON_INTERPRET was set, or not, when this
+# module was imported.
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
 
 
@@ -43,15 +44,18 @@ class Layout:
     def align(self) -> int:
         """Largest power of two that divides inner, at most 128.
 
-        The kernels get `inner / align` and multiply it back, so that Triton's axis analysis knows the alignment of
-        a row: 8 gives 16-byte accesses in bf16, and 128 gives 16-byte accesses to the bit masks. Triton's own
-        specialisation knows only "divisible by 16", which 14 x 14 = 196 pixels are not.
+        The kernels get `inner / align` and multiply it back, so that Triton's axis analysis knows
+        the alignment of a row: 8 gives 16-byte accesses in bf16, and 128 gives 16-byte accesses to
+        the bit masks. Triton's own specialisation knows only "divisible by 16", which 14 x 14 = 196
+        pixels are not.
         """
         return min(self.inner & -self.inner, 128)
 
 
 def layout(x: torch.Tensor, nhwc: bool | None = None) -> Layout:
-    """The (outer, inner) view of a dense activation; dense in both layouts counts as NHWC, or as the caller says."""
+    """The (outer, inner) view of a dense activation; dense in both layouts counts as NHWC, or as
+    the caller says.
+    """
     n, c, h, w = x.shape
     if x.is_contiguous(memory_format=torch.channels_last) if nhwc is None else nhwc:
         return Layout(n * h * w, c, True, n, c, h * w)
@@ -59,9 +63,11 @@ def layout(x: torch.Tensor, nhwc: bool | None = None) -> Layout:
 
 
 def flat(lay: Layout, has_mask: bool) -> Layout:
-    """The same activation as one long row, where an op has no channels: no ragged tile at the end of a row.
+    """The same activation as one long row, where an op has no channels: no ragged tile at the end
+    of a row.
 
-    With a bit mask only if a row is whole bytes. Column indices are 32 bit, so huge tensors stay a matrix.
+    With a bit mask only if a row is whole bytes. Column indices are 32 bit, so huge tensors stay a
+    matrix.
     """
     numel = lay.outer * lay.inner
     if (has_mask and lay.inner % 8) or numel > _INT32_MAX - 2**16:
@@ -78,16 +84,18 @@ class Tile:
     num_warps: int
 
 
-def elementwise_tile(lay: Layout, itemsize: int) -> Tile:
+def elementwise_tile(lay: Layout, itemsize: int, thread_bytes: int = 64) -> Tile:
     """Tile of the elementwise kernels.
 
-    64 bytes per thread and tensor: four independent 16-byte loads in flight, about 20 KB per block and tensor, so
-    that two resident blocks cover the bandwidth-latency product of an SM (about 25 KB on H100).
+    64 bytes per thread and tensor: four independent 16-byte loads in flight, 16 KB per block and
+    tensor, so that two resident blocks cover the bandwidth-latency product of an SM (about 25 KB on
+    H100).
     """
     num_warps = 8
-    elements = num_warps * 32 * 64 // itemsize
-    # NHWC: a row segment of at most 256 bytes, since the taller the tile, the less often the per-channel vectors
-    # are read again. NCHW: long segments, since a vector element serves a whole row.
+    elements = num_warps * 32 * thread_bytes // itemsize
+    # NHWC: a row segment of at most 256 bytes, since the taller the tile, the less often the
+    # per-channel vectors are read again. NCHW: long segments, since a vector element serves a whole
+    # row.
     widest = (256 // itemsize) if lay.nhwc and lay.outer > 1 else elements
     block_n = min(max(8, triton.next_power_of_2(lay.inner)), widest)
     # Small tensors: no taller than they are.
@@ -99,8 +107,10 @@ def elementwise_tile(lay: Layout, itemsize: int) -> Tile:
 class Reduction:
     """How a per-channel sum over (N, H, W) is cut.
 
-    NHWC: a program owns `chunk` rows and `block_c` channels and walks the rows in tiles (unroll, rows, block_c).
-    NCHW: a program owns one channel of `chunk` images and walks tiles (rows = images, block_c = pixels); unroll = 1.
+    NHWC: a program owns `chunk` rows and `block_c` channels and walks the rows in tiles (unroll,
+    rows, block_c).
+    NCHW: a program owns one channel of `chunk` images and walks tiles (rows = images, block_c =
+    pixels); unroll = 1.
     `chunks` partials per channel go to the workspace.
     """
 
@@ -118,8 +128,9 @@ class Reduction:
 
 # Programs of a reduction: about two waves of 4-warp blocks on 132 SMs at four blocks each.
 _PROGRAMS = 1024
-# Partials per channel, so that the finalise kernel reads all of them in one tile: it runs on few SMs and a loop there
-# would cost a memory latency per turn, as long as the whole reduction at C = 64.
+# Partials per channel, so that the finalise kernel reads all of them in one tile: it runs on few
+# SMs and a loop there would cost a memory latency per turn, as long as the whole reduction at C =
+# 64.
 _MAX_CHUNKS = 512
 
 
@@ -127,10 +138,12 @@ def reduction(lay: Layout, itemsize: int, tensors: int) -> Reduction:
     """Cut of a reduction that reads `tensors` activations: by shape, layout and dtype alone."""
     num_warps = 4
     vector = 16 // itemsize
-    # 128 bytes in flight per thread: eight 16-byte loads of one tensor, or four of each of two or three.
+    # 128 bytes in flight per thread: eight 16-byte loads of one tensor, or four of each of two or
+    # three.
     unroll = 8 if tensors == 1 else 4
     if lay.nhwc:
-        # 256-byte row segments, one 16-byte vector per thread and row: the sum over `unroll` stays in the thread.
+        # 256-byte row segments, one 16-byte vector per thread and row: the sum over `unroll` stays
+        # in the thread.
         block_c = min(max(8, triton.next_power_of_2(lay.inner)), 256 // itemsize)
         rows = num_warps * 32 * vector // block_c
         units, step = lay.outer, unroll * rows
@@ -158,15 +171,19 @@ def workspace(parts: int, cut: Reduction, x: torch.Tensor) -> torch.Tensor:
 
 
 def launch(kernel, programs: int, args: tuple, num_warps: int, **constants) -> None:
-    """Run `kernel` on a one-dimensional grid. The only launch in this package: the AOT test replaces it."""
+    """Run `kernel` on a one-dimensional grid. The only launch in this package: the AOT test
+    replaces it.
+    """
     x = next(a for a in args if isinstance(a, torch.Tensor))
     if INTERPRETED:  # any device
         kernel[(programs,)](*args, num_warps=num_warps, **constants)
         return
     if not x.is_cuda:  # True on HIP, too
         raise RuntimeError(
-            f"fastres.kernels: Triton kernels need CUDA or HIP tensors, or TRITON_INTERPRET=1 in the environment "
-            f"before the first use; got a tensor on {x.device}"
+            "fastres.kernels: Triton kernels need CUDA or HIP tensors, or TRITON_INTERPRET=1 in "
+            f"the environment before the first use; got a tensor on {x.device}"
         )
+    # num_warps counts warps of 32 lanes; AMD's CDNA has 64.
+    num_warps = num_warps // 2 if torch.version.hip else num_warps
     with torch.cuda.device(x.device):
         kernel[(programs,)](*args, num_warps=num_warps, **constants)

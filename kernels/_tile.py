@@ -1,6 +1,7 @@
 """Device functions shared by the kernels: bit masks, the ReLU gate, the per-channel affine.
 
-Forward and backward call the same `normalise`, with an explicit fma: a recomputed ReLU gate must see the very bits the
+Forward and backward call the same `normalise`, with an explicit fma: a recomputed ReLU gate must
+see the very bits the
 forward stored, whatever the compiler contracts.
 """
 
@@ -10,12 +11,15 @@ import triton.language as tl
 from ._launch import INTERPRETED as _INTERPRETED
 
 INTERPRETED = tl.constexpr(_INTERPRETED)
+BF16 = tl.constexpr(tl.bfloat16)
 
 
 @triton.jit
 def rounded(v, DTYPE: tl.constexpr):
-    """fp32 -> DTYPE, to nearest even. Triton's interpreter truncates to bf16: there the bits are rounded by hand."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    """fp32 -> DTYPE, to nearest even. Triton's interpreter truncates to bf16: there the bits are
+    rounded by hand.
+    """
+    if INTERPRETED and DTYPE == BF16:
         bits = v.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(v != v, 0x7FC0, bits)
@@ -27,7 +31,7 @@ def rounded(v, DTYPE: tl.constexpr):
 
 @triton.jit
 def pack_bits(keep, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) bool -> (BLOCK_M, BLOCK_N / 8) uint8, bit j of byte b = column 8 * b + j."""
+    """(BLOCK_M, BLOCK_N) bool -> (BLOCK_M, BLOCK_N / 8) uint8: bit j of byte b = column 8b + j."""
     bits = tl.reshape(keep.to(tl.int32), (BLOCK_M, BLOCK_N // 8, 8))
     return tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
 
@@ -72,23 +76,20 @@ def normalise(x, mean, scale, beta):
 
 @triton.jit
 def row_stride(units, ALIGN: tl.constexpr):
-    """inner, and the bytes of a mask row, from inner / ALIGN: the product tells the compiler the alignment."""
+    """inner, and the bytes of a mask row, from inner / ALIGN: the product tells the compiler the
+    alignment.
+    """
     inner = units * ALIGN
-    if ALIGN % 8 == 0:
-        mask_stride = units * (ALIGN // 8)
-    else:
-        mask_stride = (inner + 7) // 8
-    return inner, mask_stride
+    return inner, units * (ALIGN // 8) if ALIGN % 8 == 0 else (inner + 7) // 8
 
 
 @triton.jit
-def locate(
-    outer, inner_units, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def locate(outer, inner_units, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's tile of the (outer, inner) matrix, columns fastest.
 
-    Returns row0, col0, row_ok, col_ok, the element offsets and the offsets and guard of the mask bytes. The tile's
-    origin is 64 bit, offsets inside it 32 bit: that covers tensors past 2^31 elements at no cost.
+    Returns row0, col0, row_ok, col_ok, the element offsets and the offsets and guard of the mask
+    bytes. The tile's origin is 64 bit, offsets inside it 32 bit: that covers tensors past 2^31
+    elements at no cost.
     """
     inner, mask_stride = row_stride(inner_units, ALIGN)
     tiles_n = tl.cdiv(inner, BLOCK_N)
@@ -100,6 +101,8 @@ def locate(
     row_ok = row0 + i < outer
     col_ok = col0 + j < inner
     at = (row0.to(tl.int64) * inner + col0) + (i[:, None] * inner + j[None, :])
-    bits_at = (row0.to(tl.int64) * mask_stride + col0 // 8) + (i[:, None] * mask_stride + b[None, :])
+    bits_at = (row0.to(tl.int64) * mask_stride + col0 // 8) + (
+        i[:, None] * mask_stride + b[None, :]
+    )
     bits_ok = row_ok[:, None] & (col0 // 8 + b < mask_stride)[None, :]
     return row0, col0, row_ok, col_ok, at, bits_at, bits_ok
