@@ -4,7 +4,7 @@ schema_version, command, options, inputs, environment, verification: [Check.to_d
 cases: [{dtype, mode, batch, size, iters, best, best_malloc, variants: [
     {name, status: "ok" | "failed" | "not measured", reason, seconds: [per step, by round],
      img_per_s, vs_eager, vs_best, vs_best_malloc: {median, q1, q3} or null,
-     errors, max_error, saved_bytes, saved_ratio}]}]
+     errors, max_error, gradient_error, saved_bytes, saved_ratio}]}]
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastres.bench.options import Case, Options
 from fastres.bench.stats import best_of, speed_ratios
-from fastres.bench.verify import largest_error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +56,8 @@ def case_result(
             usable = seconds and base is not None and times.get(base)
             row[key] = speed_ratios(seconds, times[base]).to_dict() if usable and base else None
         row["errors"] = errors.get(name) or {}
-        row["max_error"] = largest_error(row["errors"])
+        row["max_error"] = row["errors"].get("outputs", {}).get("max")
+        row["gradient_error"] = row["errors"].get("gradients", {}).get("rms")
         row["saved_bytes"] = saved.get(name)
         row["saved_ratio"] = (
             saved[name] / saved["eager"] if name in saved and saved.get("eager") else None
@@ -82,6 +82,10 @@ def _ratio(value: dict[str, float] | None, quartiles: bool = False) -> str:
     return f"{text} [{value['q1']:.2f}-{value['q3']:.2f}]" if quartiles else text
 
 
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
 def _saved(row: dict[str, Any]) -> str:
     if row["saved_bytes"] is None:
         return "-"
@@ -100,16 +104,26 @@ def table(result: dict[str, Any]) -> Table:
     )
     drawn.add_column("case", no_wrap=True)
     drawn.add_column("variant", no_wrap=True)
-    for head in ("img/s", "x eager [quartiles]", "x best", "x best+malloc", "saved", "max error"):
+    for head in (
+        "img/s",
+        "x eager [quartiles]",
+        "x best",
+        "x best+malloc",
+        "saved",
+        "max error",
+        "grad error",
+    ):
         drawn.add_column(head, justify="right", no_wrap=True)
     for case in result["cases"]:
         for i, row in enumerate(case["variants"]):
             label = f"{case['dtype']} {case['mode']}" if i == 0 else ""
             style = "bold" if row["name"] == "fastres" else "" if row["status"] == "ok" else "dim"
             if row["status"] != "ok":
-                drawn.add_row(label, row["name"], "-", "-", "-", "-", _saved(row), "-", style=style)
+                why = row["reason"] if row["status"] == "not measured" else "failed, see below"
+                drawn.add_row(
+                    label, row["name"], "-", why, "-", "-", _saved(row), "-", "-", style=style
+                )
                 continue
-            error = "-" if row["max_error"] is None else f"{row['max_error']:.1e}"
             drawn.add_row(
                 label,
                 row["name"],
@@ -118,7 +132,8 @@ def table(result: dict[str, Any]) -> Table:
                 _ratio(row["vs_best"]),
                 _ratio(row["vs_best_malloc"]),
                 _saved(row),
-                error,
+                _error(row["max_error"]),
+                _error(row["gradient_error"]),
                 style=style,
             )
         drawn.add_section()
@@ -130,7 +145,7 @@ def notes(result: dict[str, Any]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for case in result["cases"]:
         for row in case["variants"]:
-            if row["status"] != "ok":
+            if row["status"] == "failed":
                 where = f"{case['dtype']} {case['mode']}"
                 lines.setdefault(f"{row['name']}: {row['reason']}", []).append(where)
     total = len(result["cases"])
@@ -141,6 +156,10 @@ def notes(result: dict[str, Any]) -> list[str]:
     said.append(
         "x best: against the faster of eager and compile; x best+malloc: the same, both "
         "with malloc set to reuse buffers (medians of per-round ratios)"
+    )
+    said.append(
+        "errors are relative, against float64: the largest of the outputs, the RMS of all "
+        "gradients; saved: bytes kept for backward"
     )
     if any(case["dtype"] != "fp32" for case in result["cases"]):
         said.append("bf16 and fp16: autocast in every torch variant")

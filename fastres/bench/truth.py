@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastres.bench.data import load_photographs, make_batch
-from fastres.bench.models import CLASSES, build_model, load_weights, settle_running_stats
+from fastres.bench.models import (
+    CLASSES,
+    build_model,
+    damp_residuals,
+    load_weights,
+    settle_running_stats,
+)
 from fastres.bench.options import Options
 
 if TYPE_CHECKING:
@@ -55,6 +61,7 @@ def make_fixture(options: Options, file: Path) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(options.seed)
     labels = torch.randint(CLASSES, (options.batch,), generator=generator)
     if options.weights is None:
+        damp_residuals(model)
         settle_running_stats(model, batch)
     count = min(options.batch, VERIFY_IMAGES)
     torch.save(

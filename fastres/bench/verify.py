@@ -2,8 +2,16 @@
 
 For each quantity (outputs, gradients, running statistics) two relative errors are taken: `max`, the
 largest |a - b| / max|b| of any tensor, and `rms`, |a - b| / |b| over all tensors together. fastres
-passes when both are at most twice those of eager PyTorch in the same dtype, plus a floor. The floor
-stands for what rounding alone moves a result by when the order of additions changes.
+passes when both are at most twice those of eager PyTorch in the same dtype, plus a floor.
+The floors:
+
+outputs, running_stats: a few roundings of the dtype that activations are stored in, or, for fp32,
+of sums in another order.
+
+gradients: a pre-activation within a rounding of 0 may fall on the other side of the ReLU, and a
+pool's maximum on another pixel: the gradient jumps. fp32 eager with the batch in another order moves
+by up to 6e-3 (rms) and 0.2 (max; resnet18 to 50, 64 to 224 px), or by 3e-6 when nothing flips. A
+wrong formula is off by about 1 in some tensor.
 """
 
 from __future__ import annotations
@@ -17,8 +25,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FACTOR = 2.0
-# A few roundings of the accumulation dtype (fp32), or of the dtype that activations are stored in.
-FLOORS = {"fp32": 1e-5, "bf16": 8e-3, "fp16": 1e-3}
+FLOORS: dict[str, dict[str, dict[str, float]]] = {  # quantity -> dtype -> measure
+    "outputs": {
+        "fp32": {"max": 1e-5, "rms": 1e-5},
+        "bf16": {"max": 8e-3, "rms": 8e-3},
+        "fp16": {"max": 1e-3, "rms": 1e-3},
+    },
+    "running_stats": {
+        "fp32": {"max": 1e-5, "rms": 1e-6},
+        "bf16": {"max": 2e-3, "rms": 5e-4},
+        "fp16": {"max": 5e-4, "rms": 1e-4},
+    },
+    "gradients": {
+        "fp32": {"max": 0.25, "rms": 1e-2},
+        "bf16": {"max": 0.25, "rms": 5e-2},
+        "fp16": {"max": 0.25, "rms": 2e-2},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -80,12 +103,6 @@ def checks(
     for quantity, measures in eager.items():
         for measure, error in measures.items():
             ours = fastres.get(quantity, {}).get(measure, math.inf)
-            limit = FACTOR * error + FLOORS[dtype]
+            limit = FACTOR * error + FLOORS[quantity][dtype][measure]
             rows.append(Check(dtype, mode, quantity, measure, error, ours, limit))
     return rows
-
-
-def largest_error(errors: Mapping[str, Mapping[str, float]]) -> float | None:
-    """The largest `max` error of any quantity, for the table."""
-    values = [measures["max"] for measures in errors.values()]
-    return max(values) if values else None
