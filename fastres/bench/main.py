@@ -138,10 +138,11 @@ def time_case(
             errors[variant.name] = reply["errors"]
         except WorkerError as error:
             reasons[variant.name] = ("failed", str(error))
-    iters = turn_iterations(min(ready.values(), default=1.0), options.iters)
+    most = f"{options.rounds}" if options.seconds is None else f"up to {options.rounds}"
+    turn = 0.25 if options.quick else 0.5
+    iters = turn_iterations(min(ready.values(), default=1.0), options.iters, turn)
     progress.say(
-        f"{case.label}: {options.rounds} rounds of {iters} step{'s' * (iters > 1)}, "
-        f"{', '.join(ready)}"
+        f"{case.label}: {most} rounds of {iters} step{'s' * (iters > 1)}, {', '.join(ready)}"
     )
     times, failed = take_turns(
         {name: made.workers[name] for name in ready},
@@ -151,6 +152,8 @@ def time_case(
         on_turn=lambda name: progress.step(f"{case.label}: timing {name}"),
     )
     reasons.update({name: ("failed", reason) for name, reason in failed.items()})
+    done = sum(len(seconds) for seconds in times.values())
+    progress.step(units=options.rounds * len(ready) - done)
     for name in ready:
         with contextlib.suppress(WorkerError):
             made.request(name, "release")

@@ -191,7 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=_positive_seconds,
         metavar="S",
-        help="stop the rounds of a dtype and mode after S seconds (at least 3 rounds are run)",
+        help="stop the rounds of a dtype and mode after S seconds, 3 rounds at least "
+        "(default: never; with --quick 6)",
     )
     time.add_argument(
         "--quick",

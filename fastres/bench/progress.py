@@ -62,9 +62,9 @@ class Progress:
                 f"[{time.monotonic() - self._start:6.1f} s] {text}", file=self._stream, flush=True
             )
 
-    def step(self, text: str | None = None) -> None:
-        """One unit done; `text` is shown on a terminal only."""
+    def step(self, text: str | None = None, units: int = 1) -> None:
+        """So many units done; `text` is shown on a terminal only."""
         if self._bar is not None:
-            self._bar.advance(self._task)
+            self._bar.advance(self._task, units)
             if text is not None:
                 self._bar.update(self._task, description=text)

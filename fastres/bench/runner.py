@@ -22,7 +22,6 @@ from fastres.bench.variants import Variant, worker_environment
 PACKAGE_PARENT = Path(fastres.bench.__file__).resolve().parents[2]
 REPLY_TIMEOUT = 1800.0  # seconds; compiling a ResNet-152 on a slow machine takes minutes
 MIN_ROUNDS = 3
-TURN_SECONDS = 0.5
 
 
 class WorkerError(Exception):
@@ -111,11 +110,11 @@ class WorkerProcess:
         self._process.wait()
 
 
-def turn_iterations(seconds: float, iters: int | None) -> int:
-    """Steps per turn: as asked, or what fills about TURN_SECONDS at `seconds` a step, 1 to 100."""
+def turn_iterations(seconds: float, iters: int | None, turn: float = 0.5) -> int:
+    """Steps per turn: as asked, or what fills about `turn` seconds at `seconds` each, 1 to 100."""
     if iters is not None:
         return iters
-    return max(1, min(100, round(TURN_SECONDS / max(seconds, 1e-9))))
+    return max(1, min(100, round(turn / max(seconds, 1e-9))))
 
 
 def take_turns(

@@ -9,9 +9,9 @@ outputs, running_stats: a few roundings of the dtype that activations are stored
 of sums in another order.
 
 gradients: a pre-activation within a rounding of 0 may fall on the other side of the ReLU, and a
-pool's maximum on another pixel: the gradient jumps. fp32 eager with the batch in another order moves
-by up to 6e-3 (rms) and 0.2 (max; resnet18 to 50, 64 to 224 px), or by 3e-6 when nothing flips. A
-wrong formula is off by about 1 in some tensor.
+pool's maximum on another pixel: the gradient jumps. fp32 eager with the batch in another order
+moves by up to 6e-3 (rms) and 0.2 (max; resnet18 to 50, 64 to 224 px), or by 3e-6 when nothing
+flips. A wrong formula is off by about 1 in some tensor.
 """
 
 from __future__ import annotations
