@@ -8,17 +8,14 @@ namespace fastres {
 namespace FASTRES_ISA {
 namespace {
 
-// The pivot (the tile's first value) takes the mean's magnitude out before squaring.
+// The pivot, the mean of the tile's first values, takes the mean's magnitude out before squaring.
+// Taken relative to the very first value, so that a constant channel has variance 0 exactly.
 template <class T>
 struct StatsBody {
   static constexpr int kAcc = 2, kPar = 1, kRows = 8;
   static constexpr bool kPivot = true;
   const T* x;
 
-  template <class L>
-  FASTRES_INLINE VF pivot(int64_t off, L lanes) const {
-    return load(x + off, lanes);
-  }
   template <class L>
   FASTRES_INLINE void operator()(VF* acc, const VF* q, int64_t off, int64_t, L lanes) const {
     const VF d = keep_lanes(sub(load(x + off, lanes), q[0]), lanes);

@@ -231,7 +231,7 @@ void reduce_nhwc(const Act& a, const Tiles& t, const B& body, const Params& par,
       const int64_t r0 = tile * t.rows;
       const int64_t r1 = min64(r0 + t.rows, a.outer);
       float* acc = ws + tile * planes<B>() * padded(a.c);
-      // 1. clear the sums; the pivot is the tile's first row
+      // 1. clear the sums; the pivot is the mean of the tile's first rows
       for (int k = 0; k < B::kAcc; ++k) {
         for (int64_t i = c0; i < padded(c1); ++i) acc[k * padded(a.c) + i] = 0.0f;
       }
@@ -239,10 +239,18 @@ void reduce_nhwc(const Act& a, const Tiles& t, const B& body, const Params& par,
       int64_t stride = par.stride;
       if constexpr (B::kPivot) {
         float* pivot = acc + B::kAcc * padded(a.c);
+        const int64_t head = min64(8, r1 - r0);
+        const auto head_mean = [&](int64_t i, auto lanes) {
+          const VF first = load(body.x + r0 * a.inner + i, lanes);
+          VF sum = zero();
+          for (int64_t r = 1; r < head; ++r) {
+            sum = add(sum, sub(load(body.x + (r0 + r) * a.inner + i, lanes), first));
+          }
+          store(pivot + i, fma(sum, splat(1.0f / static_cast<float>(head)), first), Full{});
+        };
         int64_t i = c0;
-        for (; i + kW <= c1; i += kW)
-          store(pivot + i, body.pivot(r0 * a.inner + i, Full{}), Full{});
-        if (i < c1) store(pivot + i, body.pivot(r0 * a.inner + i, Tail(c1 - i)), Full{});
+        for (; i + kW <= c1; i += kW) head_mean(i, Full{});
+        if (i < c1) head_mean(i, Tail(c1 - i));
         p = pivot;
         stride = 0;
       }
@@ -270,10 +278,18 @@ void reduce_nchw(const Act& a, const Tiles& t, const B& body, const Params& par,
       float* out = ws + tile * planes<B>() * padded(a.c) + c;
       VF q[B::kPar];
       if constexpr (B::kPivot) {
-        float first[kW];
-        store(first, body.pivot((n0 * a.c + c) * a.inner + s0, Tail(1)), Full{});
-        q[0] = splat(first[0]);
-        out[B::kAcc * padded(a.c)] = first[0];
+        float head[kW] = {};
+        const int64_t count = min64(kW, len);
+        for (int64_t j = 0; j < count; ++j) {
+          float lane[kW];
+          store(lane, load(body.x + (n0 * a.c + c) * a.inner + s0 + j, Tail(1)), Full{});
+          head[j] = lane[0] - (j > 0 ? head[0] : 0.0f);
+        }
+        float sum = 0.0f;
+        for (int64_t j = 1; j < count; ++j) sum += head[j];
+        const float pivot = head[0] + sum / static_cast<float>(count);
+        q[0] = splat(pivot);
+        out[B::kAcc * padded(a.c)] = pivot;
       } else {
         for (int k = 0; k < B::kPar; ++k) q[k] = splat(par[k][c]);
       }

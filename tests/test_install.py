@@ -1,0 +1,84 @@
+"""fastres as people install it: a wheel built from this tree, used from another folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+
+
+def run(command, **kwargs) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, f"{command}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_install_wheel_works_from_another_folder(tmp_path):
+    """Built in the tree, so that the native build is incremental; build isolation is CI's job."""
+    for needed in ("cmake", "ninja", "pybind11", "setuptools"):
+        pytest.importorskip(needed)
+    run([*PIP, "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)], cwd=ROOT)
+    wheel = next(tmp_path.glob("fastres-*.whl"))
+    target = tmp_path / "site"
+    run([*PIP, "install", "--no-deps", "--target", str(target), str(wheel)])
+    code = """
+import json, fastres, fastres._C, fastres.kernels, fastres._native as n, fastres._cpu as k, torch
+x = torch.randn(2, 35, 7, 7)
+out = [torch.empty(35) for _ in range(3)]
+k.bn_stats(*out, x, 1e-5)
+assert torch.allclose(out[0], x.mean((0, 2, 3)), atol=1e-6)
+assert n.why_missing() is None
+print(json.dumps([fastres.__file__, fastres.kernels.__file__, n.build_info()["cpu_variants"]]))
+"""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(target)}
+    package, kernels, variants = json.loads(
+        run([sys.executable, "-c", code], cwd=tmp_path, env=env)
+    )
+    assert Path(package).parent == target / "fastres"
+    assert Path(kernels).parent == target / "fastres" / "kernels"
+    assert "portable" in variants
+    assert not (target / "kernels").exists(), "kernels/ must not be a top-level package"
+
+
+@pytest.mark.slow
+def test_install_sdist_has_the_native_sources(tmp_path):
+    pytest.importorskip("setuptools")
+    run([sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], cwd=ROOT)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert sources <= names, f"missing from the sdist: {sorted(sources - names)}"
+    assert {"CMakeLists.txt", "kernels/__init__.py", "pyproject.toml"} <= names
+
+
+def test_install_setup_never_imports_torch():
+    text = (ROOT / "setup.py").read_text()
+    assert "import torch" not in text.replace("imports torch", "")
+
+
+@pytest.mark.slow
+def test_install_without_a_compiler_says_what_to_install(tmp_path):
+    """An empty PATH stands for a machine without g++."""
+    env = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+    copy = tmp_path / "src"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("fastres", "kernels"):
+        (copy / name).mkdir()
+        (copy / name / "__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"], cwd=copy, env=env, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "needs a C++ compiler" in done.stderr and "apt-get install g++" in done.stderr
