@@ -20,6 +20,7 @@ from ._launch import (
     workspace,
 )
 from ._tile import (
+    bound,
     load_affine,
     load_vector,
     locate,
@@ -79,6 +80,7 @@ def _bn_bwd_reduce_nhwc_kernel(
     offs = i[:, None] * C + col[None, :]
     bits_offs = i[:, None] * mask_stride + b[None, :]
     begin = pid * chunk
+    end = tl.minimum(begin + chunk, outer)
 
     # 2. load per-channel vectors
     mean, scale, beta = load_affine(
@@ -88,7 +90,7 @@ def _bn_bwd_reduce_nhwc_kernel(
     sum_g = tl.zeros((ROWS, BLOCK_C), tl.float32)
     sum_gx = tl.zeros((ROWS, BLOCK_C), tl.float32)
     sum_gr = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for start in range(begin, tl.minimum(begin + chunk, outer), STEP):
+    for start in range(bound(begin), bound(end), STEP):
         # 3. load tile
         row_ok = (start + i < outer)[:, None]
         ok = row_ok & col_ok[None, :]
@@ -161,10 +163,10 @@ def _bn_bwd_reduce_nchw_kernel(
     sum_g = tl.zeros((ROWS, BLOCK_P), tl.float32)
     sum_gx = tl.zeros((ROWS, BLOCK_P), tl.float32)
     sum_gr = tl.zeros((ROWS, BLOCK_P), tl.float32)
-    for n0 in range(pid * chunk, end, ROWS):
+    for n0 in range(bound(pid * chunk), bound(end), ROWS):
         matrix_row = (n0 + image).to(tl.int64)[:, None] * C + c
         row_ok = (n0 + image < end)[:, None]
-        for p0 in range(0, P, BLOCK_P):
+        for p0 in range(0, bound(P), BLOCK_P):
             # 3. load tile
             ok = row_ok & (p0 + pixel < P)[None, :]
             at = matrix_row * P + p0 + pixel[None, :]

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ._bn_bwd import finalise
 from ._launch import elementwise_tile, launch, layout, reduction, workspace
-from ._tile import load_affine, load_vector, normalise, passes, rounded
+from ._tile import bound, load_affine, load_vector, normalise, passes, rounded
 
 
 @triton.jit
@@ -205,10 +205,10 @@ def _bn_relu_maxpool_bwd_reduce_kernel(
     mean = load_vector(mean_ptr, ch, ch < C, 0.0)
     sum_g = tl.zeros((ROWS, BLOCK_N), tl.float32)
     sum_gx = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for start in range(begin, end, ROWS):
+    for start in range(bound(begin), bound(end), ROWS):
         unit = start + tl.arange(0, ROWS)
         row = unit if NHWC else unit * C + pid_c
-        for p0 in range(0, 1 if NHWC else inner, BLOCK_N):
+        for p0 in range(0, 1 if NHWC else bound(inner), BLOCK_N):
             # 3. load tile, gather g
             col = (pid_c * BLOCK_N if NHWC else p0) + tl.arange(0, BLOCK_N)
             ok = (unit < end)[:, None] & (col < inner)[None, :]

@@ -11,6 +11,16 @@ import triton
 import triton.language as tl
 
 from ._launch import FINALISE_CHANNELS, launch, layout, reduction, workspace
+from ._tile import bound
+
+
+@triton.jit
+def chan(n, mean, m2, tile_n, tile_mean, tile_m2):
+    """Merge the statistics of a tile into the running ones; tile_n may be 0."""
+    delta = tile_mean - mean
+    total = n + tile_n
+    w = tile_n / tl.maximum(total, 1.0)
+    return total, mean + delta * w, m2 + tile_m2 + delta * delta * (n * w)
 
 
 @triton.jit
@@ -28,51 +38,57 @@ def _bn_stats_nhwc_kernel(
     BLOCK_C: tl.constexpr,
 ):
     # 1. locate the chunk: columns fastest
+    STEP: tl.constexpr = UNROLL * ROWS
     C = inner_units * ALIGN
     tiles_c = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0) // tiles_c
     col = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     col_ok = col < C
     begin = pid * chunk
-    row = tl.arange(0, UNROLL)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
-    offs = row * C + col[None, None, :]
+    size = tl.minimum(outer - begin, chunk)
+    full = begin + size // STEP * STEP
+    # Loaded as a matrix, then split: the layout of a 3-d load is Triton's guess, and in 3.6 it puts
+    # `unroll` across threads.
+    offs = tl.arange(0, STEP)[:, None] * C + col[None, :]
 
-    # 2. shift: a value of the channel, so near its mean; an outlier does no harm, M2 is exact
-    shift = tl.load(x_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, None, :]
-    n = tl.zeros((ROWS, 1), tl.float32)
+    # 2. shift: a value of the channel, so near its mean; an outlier does no harm, M2 is not raw
+    shift = tl.load(x_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    n = 0.0
     mean = tl.zeros((ROWS, BLOCK_C), tl.float32)
     m2 = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for start in range(begin, tl.minimum(begin + chunk, outer), UNROLL * ROWS):
+    for start in range(bound(begin), bound(full), STEP):
         # 3. load tile
-        at = x_ptr + tl.cast(start, tl.int64) * C
-        if EVEN_ROWS:
-            x = tl.load(at + offs, mask=col_ok[None, None, :], other=0.0).to(tl.float32) - shift
-            count = tl.full((ROWS, 1), UNROLL, tl.float32)
-        else:
-            row_ok = start + row < outer
-            x = tl.load(at + offs, mask=row_ok & col_ok[None, None, :], other=0.0).to(tl.float32)
-            x = tl.where(row_ok, x - shift, 0.0)
-            count = tl.sum(row_ok.to(tl.float32), axis=0)
+        at = x_ptr + tl.cast(start, tl.int64) * C + offs
+        x = tl.load(at, mask=col_ok[None, :], other=0.0).to(tl.float32) - shift
+        x = tl.reshape(x, (UNROLL, ROWS, BLOCK_C))
 
         # 4. mean and M2 over `unroll`, inside the thread
-        tile_mean = tl.sum(x, axis=0) / tl.maximum(count, 1.0)
+        tile_mean = tl.sum(x, axis=0) * (1.0 / UNROLL)
         d = x - tile_mean[None, :, :]
-        if not EVEN_ROWS:
-            d = tl.where(row_ok, d, 0.0)
 
         # 5. merge (Chan)
-        delta = tile_mean - mean
-        total = n + count
-        w = count / tl.maximum(total, 1.0)
-        mean += delta * w
-        m2 += tl.sum(d * d, axis=0) + delta * delta * (n * w)
-        n = total
+        n, mean, m2 = chan(n, mean, m2, 1.0 * UNROLL, tile_mean, tl.sum(d * d, axis=0))
 
-    # 6. merge the rows of the tile, store partials
-    total = tl.sum(n, axis=0)
-    mean_c = tl.sum(n * mean, axis=0) / total
+    # 6. the last, ragged step, which only the last chunk has
+    rows = n + tl.zeros((ROWS, 1), tl.float32)
+    left = begin + size - full
+    if not EVEN_ROWS and left > 0:
+        ok = (tl.arange(0, STEP) < left)[:, None] & col_ok[None, :]
+        at = x_ptr + full.to(tl.int64) * C + offs
+        x = tl.where(ok, tl.load(at, mask=ok, other=0.0).to(tl.float32) - shift, 0.0)
+        # of the tile's row r: rows r, r + ROWS, ... of the step
+        count = tl.cdiv(left - tl.arange(0, ROWS) + STEP, ROWS) - UNROLL
+        count = tl.maximum(count, 0).to(tl.float32)[:, None]
+        tile_mean = tl.sum(tl.reshape(x, (UNROLL, ROWS, BLOCK_C)), axis=0) / tl.maximum(count, 1.0)
+        spread = tl.broadcast_to(tile_mean[None, :, :], (UNROLL, ROWS, BLOCK_C))
+        d = tl.where(ok, x - tl.reshape(spread, (STEP, BLOCK_C)), 0.0)
+        tile_m2 = tl.sum(tl.reshape(d * d, (UNROLL, ROWS, BLOCK_C)), axis=0)
+        rows, mean, m2 = chan(rows, mean, m2, count, tile_mean, tile_m2)
+
+    # 7. merge the rows of the tile, store partials
+    mean_c = tl.sum(rows * mean, axis=0) / tl.sum(rows, axis=0)
     d = mean - mean_c[None, :]
-    m2_c = tl.sum(m2 + n * d * d, axis=0)
+    m2_c = tl.sum(m2 + rows * d * d, axis=0)
     tl.store(part_ptr + pid * C + col, mean_c, mask=col_ok)
     tl.store(part_ptr + (chunks + pid) * C + col, m2_c, mask=col_ok)
 
@@ -105,8 +121,8 @@ def _bn_stats_nchw_kernel(
     n = 0.0
     mean = 0.0
     m2 = 0.0
-    for n0 in range(pid * chunk, end, ROWS):
-        for p0 in range(0, P, BLOCK_P):
+    for n0 in range(bound(pid * chunk), bound(end), ROWS):
+        for p0 in range(0, bound(P), BLOCK_P):
             # 3. load tile
             ok = (n0 + image < end)[:, None] & (p0 + pixel < P)[None, :]
             at = x_ptr + n0 * stride + p0 + image[:, None] * stride + pixel[None, :]
@@ -118,11 +134,8 @@ def _bn_stats_nchw_kernel(
             d = tl.where(ok, x - tile_mean, 0.0)
 
             # 5. merge (Chan)
-            delta = tile_mean - mean
-            w = count / (n + count)
-            mean += delta * w
-            m2 += tl.sum(tl.sum(d * d, axis=1), axis=0) + delta * delta * (n * w)
-            n += count
+            tile_m2 = tl.sum(tl.sum(d * d, axis=1), axis=0)
+            n, mean, m2 = chan(n, mean, m2, count, tile_mean, tile_m2)
 
     # 6. store partials
     tl.store(part_ptr + pid * C + c, mean)

@@ -13,6 +13,18 @@ from ._launch import INTERPRETED as _INTERPRETED
 INTERPRETED = tl.constexpr(_INTERPRETED)
 BF16 = tl.constexpr(tl.bfloat16)
 
+if _INTERPRETED:
+
+    def bound(v):
+        """A loop bound. Triton 3.6's interpreter cannot make one of a tensor with numpy >= 2.4."""
+        return int(v.handle.data.item()) if isinstance(v, tl.tensor) else int(v)
+
+else:
+
+    @triton.jit
+    def bound(v):
+        return v
+
 
 @triton.jit
 def rounded(v, DTYPE: tl.constexpr):
