@@ -135,7 +135,8 @@ def time_case(
         try:
             reply = made.request(variant.name, "prepare", dtype=case.dtype, mode=case.mode)
             ready[variant.name] = reply["seconds"]
-            errors[variant.name] = reply["errors"]
+            if reply["errors"] is not None:
+                errors[variant.name] = reply["errors"]
         except WorkerError as error:
             reasons[variant.name] = ("failed", str(error))
     most = f"{options.rounds}" if options.seconds is None else f"up to {options.rounds}"

@@ -21,6 +21,7 @@ MODELS = (
     "wide_resnet101_2",
 )
 MODES = ("inference", "train")
+QUICK_SECONDS = 6.0  # of timing per dtype and mode with --quick
 MIN_SIZE = 32  # a ResNet divides the side by 32
 
 
@@ -178,14 +179,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=_at_least(1),
         metavar="N",
-        help="rounds per dtype and mode; every variant runs once in each "
-        "(default 12; with --quick 4)",
+        help="rounds per dtype and mode; every variant runs once in each (default 12)",
     )
     time.add_argument(
         "--iters",
         type=_at_least(1),
         metavar="N",
-        help="steps that a variant runs in a round (default: about half a second)",
+        help="steps that a variant runs in a round (default: what fills half a second)",
     )
     time.add_argument(
         "--seconds",
@@ -239,9 +239,9 @@ def options_from(args: argparse.Namespace) -> Options:
         mode=args.mode,
         images=images,
         weights=weights,
-        rounds=args.rounds or (4 if args.quick else 12),
+        rounds=args.rounds or 12,
         iters=args.iters,
-        seconds=args.seconds,
+        seconds=args.seconds or (QUICK_SECONDS if args.quick and args.rounds is None else None),
         threads=args.threads,
         quick=args.quick,
         json=json_path,

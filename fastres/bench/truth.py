@@ -19,7 +19,8 @@ from fastres.bench.options import Options
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-VERIFY_IMAGES = 8  # images of the batch that are checked in float64: enough for batch statistics
+VERIFY_IMAGES = 8  # of the batch are checked in float64: enough for batch statistics
+VERIFY_IMAGES_QUICK = 4
 
 
 def training_pass(
@@ -63,7 +64,7 @@ def make_fixture(options: Options, file: Path) -> dict[str, Any]:
     if options.weights is None:
         damp_residuals(model)
         settle_running_stats(model, batch)
-    count = min(options.batch, VERIFY_IMAGES)
+    count = min(options.batch, VERIFY_IMAGES_QUICK if options.quick else VERIFY_IMAGES)
     torch.save(
         {
             "state_dict": model.state_dict(),
