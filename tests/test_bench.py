@@ -1,4 +1,4 @@
-"""The code behind `fastres bench`: inputs, ratios, workers, report; and a small run of the whole."""
+"""The code behind `fastres bench`: inputs, ratios, workers, report; one small run of the whole."""
 
 from __future__ import annotations
 
