@@ -3,7 +3,7 @@
     w' = w * gamma * rstd,   b' = beta + (bias - mean) * gamma * rstd;   z = relu(conv(x, w') + b' + s)
 
 Traffic: each activation is written once and read once by each conv that uses it; nothing else. Folding is done in fp32 and
-rounded once to the activation's dtype; b' stays fp32. Source: Jacob et al. 2018, section 3.2 (folding).
+rounded once to the activation's dtype. Source: Jacob et al. 2018, section 3.2 (folding).
 
 A folded weight is cached in its module and dropped when any tensor it came from changes: the cache key holds
 identity, version counter, storage address, dtype of each, and the shape the weight was packed for. A write through
@@ -29,10 +29,13 @@ _MARK = "_fastres_finite"
 
 
 class Packed(NamedTuple):
-    """A folded conv ready to run: oneDNN's own weight layout, fp32 bias."""
+    """A folded conv ready to run: oneDNN's own weight layout, fp32 bias.
+
+    add_bias: the bias in the activation's dtype, which oneDNN's form with a residual asks for."""
 
     weight: Tensor
     bias: Tensor
+    add_bias: Tensor
     padding: list[int]
     stride: list[int]
     dilation: list[int]
@@ -99,7 +102,7 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Packed | None:
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         weight.to(x.dtype).contiguous(memory_format=torch.channels_last), *geometry, list(x.shape)
     )
-    return Packed(packed, shift, *geometry)  # type: ignore[arg-type]
+    return Packed(packed, shift, shift.to(x.dtype), *geometry)  # type: ignore[arg-type]
 
 
 def usable(x: Tensor) -> str | None:
@@ -144,10 +147,10 @@ def conv_add_relu(x: Tensor, p: Packed, residual: Tensor, inplace: bool) -> Tens
     """relu(conv(x, w') + b' + residual); `inplace` lets it overwrite the residual."""
     if inplace:
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            residual, x, p.weight, p.bias, p.padding, p.stride, p.dilation, p.groups,
+            residual, x, p.weight, p.add_bias, p.padding, p.stride, p.dilation, p.groups,
             "add", 1.0, "relu", [], "",
         )  # fmt: skip
     return torch.ops.mkldnn._convolution_pointwise.binary(
-        x, residual, p.weight, p.bias, p.padding, p.stride, p.dilation, p.groups,
+        x, residual, p.weight, p.add_bias, p.padding, p.stride, p.dilation, p.groups,
         "add", 1.0, "relu", [], "",
     )  # fmt: skip

@@ -121,7 +121,9 @@ def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast runs convolutions on x in; None when autocast is off or leaves x alone."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return None
+    if not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -239,19 +241,19 @@ class ResidualBlockMixin(FusedMixin):
 
 def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
     """x in the dtype the convs run in: autocast's, otherwise its own, which must be the weights'."""
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        return x.to(dtype)
     weight = child(module, spec.units[0][0]).weight
-    if weight.dtype != x.dtype:
-        raise TypeError(
-            f"{type(module).__name__}: the input has dtype {x.dtype}, but the weights have {weight.dtype}; "
-            "convert one of them, or run under torch.autocast"
-        )
     if weight.device != x.device:
         raise ValueError(
             f"{type(module).__name__}: the input is on {x.device}, but the weights are on {weight.device}; "
             "move one of them"
+        )
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        return x.to(dtype)
+    if weight.dtype != x.dtype:
+        raise TypeError(
+            f"{type(module).__name__}: the input has dtype {x.dtype}, but the weights have {weight.dtype}; "
+            "convert one of them, or run under torch.autocast"
         )
     return x
 

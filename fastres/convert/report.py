@@ -105,13 +105,13 @@ def report(model: nn.Module) -> Report:
     for path, m, match in find(model):
         name = original_type(m).__name__
         if not isinstance(match, Match):
-            left_by = getattr(m, "_fastres_left", None)
-            rows.append(Row(path or "(model)", name, "left", "", "", left_by or match))
+            rows.append(Row(path or "(model)", name, "left", "", "", match))
             missed.update(id(c) for c in m.modules())
             continue
         rejected = m.__dict__.get("_fastres_rejected")
         if rejected is not None:
             rows.append(Row(path or "(model)", name, "left", match.kind, "", rejected))
+            missed.update(id(m.get_submodule(p)) for p, _ in match.spec.covered())
             continue
         covered.update(id(m.get_submodule(p)) for p, _ in match.spec.covered())
         backend, why = _backend(m)

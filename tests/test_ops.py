@@ -1,0 +1,286 @@
+"""Every public op x dtype x layout x mode x backend against float64, and the promises of a torch op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LAYOUTS, MODES, OPS, Case, make
+
+import fastres
+from fastres import backends, ops
+from fastres.convert.verify import Difference, difference
+from fastres.ops import BatchNorm, Conv, Unit
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The interpreter runs a program at a time: one small odd shape; the C++ kernels also see vector widths and tails.
+# A value within rounding of 0 may pass one ReLU and not the other (both are right): up to ATTEMPTS seeds, one must pass.
+ATTEMPTS = 3
+SHAPES = {"cpu": [(2, 35, 7, 9), (3, 64, 8, 8)], "triton": [(2, 12, 5, 7)]}
+
+
+def run(call, case: Case, dtype, layout, mode: str, values_of=None):
+    """Output, input gradients and running statistics of one call."""
+    p, b = case.copy(dtype, LAYOUTS[layout], values_of)
+    g = torch.Generator().manual_seed(7)
+    training = mode == "train"
+    with torch.set_grad_enabled(mode != "nograd"):
+        z = call(p, b, training)
+    found = {"z": z.detach()}
+    if mode != "nograd":
+        dz = torch.randn(z.shape, generator=g, dtype=torch.float64)
+        dz = dz.to(values_of or dtype).to(dtype)
+        z.backward(dz.contiguous(memory_format=LAYOUTS[layout]))
+        found |= {f"d{k}": t.grad for k, t in p.items()}
+    return found | b
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_op_matches_float64(backend: str, op: str, dtype: str, layout: str, mode: str) -> None:
+    if backend == "triton" and dtype == "fp16" and layout == "nchw":
+        pytest.skip("thinned: the interpreter covers fp16 in NHWC and NCHW in fp32 and bf16")
+    reason = backends.unavailable(backend)
+    if reason is not None:
+        pytest.skip(reason)
+    for shape in SHAPES[backend]:
+        for seed in range(ATTEMPTS):
+            wrong = compare(op, shape, seed, backend, DTYPES[dtype], layout, mode)
+            if not wrong:
+                break
+        assert not wrong, f"{op} {shape}: {wrong[0]}"
+
+
+def compare(op, shape, seed, backend, dtype, layout, mode) -> list[Difference]:
+    """The tensors that are off by more than 2x eager's own error plus the floor."""
+    case = make(op, shape, seed)
+    truth = run(case.plain, case, torch.float64, layout, mode, dtype)
+    theirs = run(case.plain, case, dtype, layout, mode)
+    with fastres.use_backend(backend):
+        ours = run(case.fused, case, dtype, layout, mode)
+    assert ours.keys() == truth.keys()
+    assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in theirs.items()}
+    assert ours["z"].is_contiguous(memory_format=LAYOUTS[layout])
+    diffs = [difference(name, ours[name], theirs[name], truth[name]) for name in truth]
+    return [d for d in diffs if not d.ok]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op: str, training: bool) -> None:
+    case = make(op, (2, 3, 5, 4), seed=3)
+    p, b = case.copy(torch.float64, torch.channels_last)
+    names = list(p)
+
+    def call(*leaves):
+        fresh = {k: v.clone() for k, v in b.items()}
+        return case.fused(dict(zip(names, leaves, strict=True)), fresh, training)
+
+    assert torch.autograd.gradcheck(call, list(p.values()))
+
+
+def _unit(k: int, c: int, r: int, g: torch.Generator) -> Unit:
+    def vec() -> torch.Tensor:
+        return torch.rand(k, generator=g).add_(0.5)
+
+    w = torch.randn(k, c, r, r, generator=g).requires_grad_()
+    bn = BatchNorm(vec().requires_grad_(), vec().requires_grad_(), vec(), vec(), True)
+    return Unit(Conv(w, None, (1, 1), (r // 2, r // 2)), bn)
+
+
+def test_opcheck() -> None:
+    """Schema, fake, autograd registration and AOT dispatch of each registered op."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 6, 6, generator=g).to(memory_format=torch.channels_last).requires_grad_()
+    r = torch.randn(2, 8, 6, 6, generator=g).to(memory_format=torch.channels_last).requires_grad_()
+    u, v = _unit(8, 8, 3, g), _unit(8, 8, 1, g)
+    bn, rbn = u.bn, v.bn
+    o = torch.ops.fastres
+    vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    res = (rbn.weight, rbn.bias, rbn.running_mean, rbn.running_var)
+    none = (None, None, None, None)
+    columns = [list(c) for c in zip(vectors, res, strict=True)]
+    geometry = u.conv.geometry() + v.conv.geometry()
+    calls = {
+        o.add_relu: (x, r, True),
+        o.bn_act: (x, *vectors, True, 1e-5, r, *res, False, 1e-5, True, True),
+        o.bn_relu_maxpool: (x, *vectors, True, 1e-5, 3, 2, 1),
+        o.conv_bn_act: (
+            x, u.conv.weight, None, u.conv.geometry(), *vectors, True, 1e-5, r, *none, False, 0.0, True, True,
+        ),
+        o.residual_block: (
+            x, [u.conv.weight, v.conv.weight], *columns, geometry, [True, False], [1e-5] * 2, False, True,
+        ),
+        o.update_running_stats: (
+            [bn.running_mean], [bn.running_var], [torch.rand(3, 8, generator=g)], [0.1], [72],
+        ),
+    }  # fmt: skip
+    for op, args in calls.items():
+        result = torch.library.opcheck(op.default, args)
+        assert set(result.values()) == {"SUCCESS"}, (op, result)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_twice(op: str) -> None:
+    case = make(op, (3, 24, 9, 7))
+    first = run(case.fused, case, torch.float32, "nhwc", "train")
+    again = run(case.fused, case, torch.float32, "nhwc", "train")
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+    if "conv" in op or "block" in op:
+        return  # the vendor's convolutions may split their sums by thread count
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        other = run(case.fused, case, torch.float32, "nhwc", "train")
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in first.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inputs_are_not_mutated(op: str) -> None:
+    case = make(op, (2, 16, 6, 6))
+    p, b = case.copy(torch.float32, torch.channels_last)
+    before = {k: v.detach().clone() for k, v in p.items()}
+    z = case.fused(p, b, True)
+    dz = torch.ones_like(z)
+    z.backward(dz)
+    assert torch.equal(dz, torch.ones_like(z))
+    for name, value in before.items():
+        assert torch.equal(p[name].detach(), value), name
+
+
+@pytest.mark.parametrize("op", [o for o in OPS if o != "conv_bn"])
+def test_nan_and_inf_propagate_as_in_torch(op: str) -> None:
+    case = make(op, (2, 16, 6, 6))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        outs = []
+        for call in (case.fused, case.plain):
+            p, b = case.copy(torch.float32, torch.channels_last)
+            with torch.no_grad():
+                p["x"][1, 3, 2, 4] = value
+                outs.append(call(p, b, False))
+        assert torch.equal(outs[0].isnan(), outs[1].isnan()), value
+        assert torch.equal(outs[0].isinf(), outs[1].isinf()), value
+
+
+def test_large_mean_small_std() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = (1e4 + torch.randn(8, 16, 14, 14, generator=g)).to(memory_format=torch.channels_last)
+    z = ops.bn_relu(x, BatchNorm(None, None, training=True), relu=False)
+    exact = x.double()
+    exact = (exact - exact.mean((0, 2, 3), keepdim=True)) / exact.std((0, 2, 3), correction=0, keepdim=True)
+    assert (z - exact).abs().max() < 2e-3  # 1e4 in fp32 has steps of 1e-3
+
+
+def test_running_statistics_match_torch_bit_by_bit_up_to_rounding() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 8, 5, 5, generator=g)
+    for momentum in (0.1, 1.0, 0.0):
+        mean, var = torch.randn(8, generator=g), torch.rand(8, generator=g)
+        ours = mean.clone(), var.clone()
+        ops.bn_relu(x, BatchNorm(None, None, *ours, True, momentum))
+        torch.nn.functional.batch_norm(x, mean, var, training=True, momentum=momentum)
+        torch.testing.assert_close(ours[0], mean, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ours[1], var, rtol=1e-6, atol=1e-7)
+
+
+def test_another_layout_is_copied_and_counted() -> None:
+    from fastres import counters
+
+    a = torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
+    b = torch.randn(2, 4, 5, 5)
+    counters.reset()
+    assert torch.equal(ops.add_relu(a, b), torch.relu(a + b))
+    assert counters.events() == {"add_relu: a tensor copied to NHWC": 1}
+    strided = torch.randn(2, 4, 5, 10)[..., ::2]
+    assert torch.equal(ops.add_relu(strided, b), torch.relu(strided + b))
+    assert sum(counters.events().values()) == 2
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_double_backward_is_refused(op: str) -> None:
+    case = make(op, (2, 4, 6, 6))
+    p, b = case.copy(torch.float32, torch.channels_last)
+    z = case.fused(p, b, True)
+    (dx,) = torch.autograd.grad(z.square().sum(), p["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        dx.sum().backward()
+
+
+X = torch.randn(2, 4, 5, 5)
+BN = BatchNorm(torch.ones(4), torch.zeros(4), torch.zeros(4), torch.ones(4), True)
+CONV = Conv(torch.randn(4, 4, 3, 3), None, (1, 1), (1, 1))
+BAD = {
+    "int dtype": (lambda: ops.bn_relu(X.int(), BN), TypeError, "x has dtype torch.int32; accepted: float32"),
+    "not a tensor": (lambda: ops.add_relu([1.0], X), TypeError, "a must be a Tensor, got list"),
+    "rank": (lambda: ops.add_relu(X[0], X[0]), ValueError, r"a must be 4-d \(N, C, H, W\), got 3-d"),
+    "empty": (lambda: ops.bn_relu(X[:0], BN), ValueError, r"x is empty \(0, 4, 5, 5\)"),
+    "channels": (
+        lambda: ops.bn_relu(X, BN._replace(weight=torch.ones(5))),
+        ValueError,
+        r"bn.weight must have shape \(4,\)",
+    ),
+    "one value": (
+        lambda: ops.bn_relu(X[:1, :, :1, :1], BN),
+        ValueError,
+        "Expected more than 1 value per channel when training",
+    ),
+    "no statistics": (
+        lambda: ops.bn_relu(X, BatchNorm(None, None)),
+        ValueError,
+        "running_mean and running_var are needed",
+    ),
+    "residual shape": (
+        lambda: ops.bn_add_relu(X, BN, X[:, :, :3]),
+        ValueError,
+        r"residual must have shape \(2, 4, 5, 5\), got \(2, 4, 3, 5\)",
+    ),
+    "residual dtype": (lambda: ops.add_relu(X, X.double()), TypeError, "b has dtype torch.float64, but x has"),
+    "device": (lambda: ops.add_relu(X, X.to("meta")), ValueError, "b is on meta, but x is on cpu"),
+    "bn device": (
+        lambda: ops.bn_relu(X, BN._replace(bias=torch.zeros(4, device="meta"))),
+        ValueError,
+        "bn.bias is on meta",
+    ),
+    "conv channels": (
+        lambda: ops.conv_bn_relu(X[:, :3], CONV, BN),
+        ValueError,
+        r"x has 3 channels, but the conv weight \(4, 4, 3, 3\) with groups=1 takes 4",
+    ),
+    "too small": (
+        lambda: ops.conv_bn(X, CONV._replace(padding=(0, 0), dilation=(3, 3)), BN),
+        ValueError,
+        "input 5x5 is too small for a 3x3 conv",
+    ),
+    "identity shape": (
+        lambda: ops.residual_block(X, [Unit(CONV._replace(stride=(2, 2)), BN)]),
+        ValueError,
+        "an identity shortcut needs the block to keep x's shape",
+    ),
+    "no units": (lambda: ops.residual_block(X, []), ValueError, "units is empty"),
+    "pool": (lambda: ops.bn_relu_maxpool(X, BN, 3, 2, 2), ValueError, "0 <= padding <= kernel // 2"),
+    "backend": (
+        lambda: fastres.use_backend("cudnn").__enter__(),
+        fastres.BackendError,
+        "unknown backend 'cudnn'; known: cpu, triton, reference",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_rejects(what: str) -> None:
+    call, error, message = BAD[what]
+    running = BN.running_mean.clone()
+    with pytest.raises(error, match=message):
+        call()
+    assert torch.equal(BN.running_mean, running)
+
+
+def test_explicit_backend_never_falls_back() -> None:
+    with fastres.use_backend("cpu"), pytest.raises(fastres.BackendError, match="not torch.float64"):
+        ops.add_relu(X.double(), X.double())
