@@ -276,7 +276,7 @@ def test_inner_hook_fires_and_is_reported() -> None:
     handle = model.layer1[0].bn2.register_forward_hook(lambda m, i, o: seen.append(o.shape))
     counters.reset()
     torch.testing.assert_close(model(x), twin(x), rtol=1e-3, atol=1e-4)
-    assert seen == [torch.Size([4, 64, 16, 16])]
+    assert seen == [torch.Size([4, 16, 16, 16])]
     assert counters.events() == {
         "FastBottleneck ran unfused: bn2 has a hook, which needs the unfused tensors": 1
     }
