@@ -79,10 +79,10 @@ def _report(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _doctor(args: argparse.Namespace, argv: list[str]) -> int:
-    from fastres import doctor
+    from fastres.doctor import examine, text
 
-    found = doctor.examine()
-    print(json.dumps(found, indent=1) if args.json else doctor.text(found))
+    found = examine()
+    print(json.dumps(found, indent=1) if args.json else text(found))
     return 0 if found["usable"] else 1
 
 

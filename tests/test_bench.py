@@ -209,6 +209,18 @@ def test_saved_bytes_of_conv_bn_relu():
     assert saved_bytes(block, lambda: block(x), x) == 2 * activation + statistics
 
 
+def test_saved_bytes_leave_out_autocast_copies_of_weights():
+    x = torch.randn(4, 8)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
+
+    def forward():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x)
+
+    # the batch cast to bf16 and relu's output; not the two cast weights (8 * 16 + 16 * 16) * 2
+    assert saved_bytes(net, forward, x) == (4 * 8 + 4 * 16) * 2
+
+
 # ---------------------------------------------------------------- verification
 
 

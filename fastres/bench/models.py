@@ -94,7 +94,7 @@ def damp_residuals(model: nn.Module, weight: float = RESIDUAL_WEIGHT) -> None:
 
     for module in model.modules():
         if hasattr(module, "downsample"):  # BasicBlock or Bottleneck
-            last = getattr(module, "bn3", None) or module.bn2
+            last: Any = getattr(module, "bn3", None) or module.bn2
             torch.nn.init.constant_(last.weight, weight)
 
 
