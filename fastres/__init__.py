@@ -1,6 +1,6 @@
 """fastres: ResNets that train and serve faster, with the same numbers and the same checkpoints.
 
-    model = fastres.convert(model)
+model = fastres.convert(model)
 """
 
 from . import nn, ops

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def is_nhwc(x: Tensor) -> bool:
-    """Whether x is dense in channels_last; a tensor dense in both layouts counts as channels_last."""
+    """Whether x is dense in channels_last; a tensor dense in both layouts counts as
+    channels_last."""
     return x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -1,6 +1,8 @@
-"""The `reference` backend: `fastres/reference.py` behind the out-variant contract of docs/kernels.md.
+"""The `reference` backend: `fastres/reference.py` behind the out-variant contract of
+docs/kernels.md.
 
-Any dtype (float64 included), any device, no fusion. Internals in float32, or float64 for float64 tensors."""
+Any dtype (float64 included), any device, no fusion. Internals in float32, or float64 for float64
+tensors."""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ def _up(x: Tensor) -> Tensor:
 def _gate_from_mask(mask: Tensor, like: Tensor) -> Tensor:
     outer, inner = outer_inner(like)
     gate = torch.empty_like(like, dtype=torch.bool)
-    rows_view = gate.permute(0, 2, 3, 1) if like.is_contiguous(
-        memory_format=torch.channels_last
-    ) else gate
+    rows_view = (
+        gate.permute(0, 2, 3, 1) if like.is_contiguous(memory_format=torch.channels_last) else gate
+    )
     rows_view.copy_(ref.unpack_mask(mask, inner).view(rows_view.shape))
     return gate
 
@@ -57,7 +59,20 @@ def bn_apply(
 
 
 def bn_bwd_reduce(
-    dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta, residual, res_mean, res_rstd, gate
+    dgamma,
+    dbeta,
+    res_dgamma,
+    dz,
+    mask,
+    x,
+    mean,
+    rstd,
+    gamma,
+    beta,
+    residual,
+    res_mean,
+    res_rstd,
+    gate,
 ):
     g = _g(dz, mask, x, mean, rstd, gamma, beta, gate)
     dg, db = ref.bn_bwd_reduce(g, _up(x), mean, rstd)
@@ -106,9 +121,7 @@ def bn_relu_maxpool(z, index, x, mean, rstd, gamma, beta, kernel, stride, paddin
         index.copy_(offset)
 
 
-def bn_relu_maxpool_bwd_reduce(
-    dgamma, dbeta, dz, index, x, mean, rstd, kernel, stride, padding
-):
+def bn_relu_maxpool_bwd_reduce(dgamma, dbeta, dz, index, x, mean, rstd, kernel, stride, padding):
     g = ref.maxpool_scatter(_up(dz), index, x.shape, kernel, stride, padding)
     dg, db = ref.bn_bwd_reduce(g, _up(x), mean, rstd)
     dgamma.copy_(dg)

@@ -1,8 +1,9 @@
 """Who can run what, and the choice.
 
-A backend is a module with the functions of docs/kernels.md. `select(x)` answers with the one that runs an op
-on x: the one named by `use_backend`, or an error; otherwise the native one of x's device, and the reference
-for float64, which no fused kernel takes. A device without a backend is an error, never a slow path."""
+A backend is a module with the functions of docs/kernels.md. `select(x)` answers with the one that
+runs an op on x: the one named by `use_backend`, or an error; otherwise the native one of x's
+device, and the reference for float64, which no fused kernel takes. A device without a backend is an
+error, never a slow path."""
 
 from __future__ import annotations
 
@@ -35,9 +36,7 @@ def unavailable(name: str) -> str | None:
 
         return _native.why_missing()
     if name == "triton":
-        from . import kernels
-
-        return kernels.why_missing()
+        return importlib.import_module("fastres.kernels").why_missing()
     return None
 
 
@@ -52,15 +51,18 @@ def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == "cpu" and device.type != "cpu":
         return f"the cpu kernels take CPU tensors, not {device.type}"
     if name == "triton" and device.type != "cuda":
-        from . import kernels
-
+        kernels = importlib.import_module("fastres.kernels")
         if device.type != "cpu" or not kernels.interpreting():
-            return f"Triton kernels take CUDA tensors (or CPU ones under TRITON_INTERPRET=1), not {device.type}"
+            return (
+                "Triton kernels take CUDA tensors (or CPU ones under TRITON_INTERPRET=1), "
+                f"not {device.type}"
+            )
     return unavailable(name)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """(backend, why) for tensors of this device and dtype; raises BackendError when there is none."""
+    """(backend, why) for tensors of this device and dtype; raises BackendError when there is
+    none."""
     if _forced:
         name, why = _forced[-1], f"use_backend({_forced[-1]!r})"
     elif dtype == torch.float64:
@@ -87,10 +89,11 @@ def select(x: Tensor) -> ModuleType:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every fastres op inside the block on one backend ("cpu", "triton", "reference"), or raise.
+    """Run every fastres op inside the block on one backend ("cpu", "triton", "reference"), or
+    raise.
 
-    Process-wide, because autograd runs a CUDA backward in its own threads. Raises BackendError at once when the
-    backend is unknown or unavailable in this process."""
+    Process-wide, because autograd runs a CUDA backward in its own threads. Raises BackendError at
+    once when the backend is unknown or unavailable in this process."""
     if name not in MODULES:
         raise BackendError(f"unknown backend {name!r}; known: {', '.join(MODULES)}")
     reason = unavailable(name)

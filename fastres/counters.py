@@ -1,4 +1,5 @@
-"""What happened behind the user's back, counted: layout copies and unfused calls, shown by `fastres.report`."""
+"""What happened behind the user's back, counted: layout copies and unfused calls, shown by
+`fastres.report`."""
 
 from __future__ import annotations
 

@@ -1,16 +1,21 @@
-"""CPU inference: convs with their batch norm folded in, prepacked for oneDNN, ReLU and the residual add as post-ops.
+"""CPU inference: convs with their batch norm folded in, prepacked for oneDNN, ReLU and the residual
+add as post-ops.
 
-    w' = w * gamma * rstd,   b' = beta + (bias - mean) * gamma * rstd;   z = relu(conv(x, w') + b' + s)
+    w' = w * gamma * rstd,   b' = beta + (bias - mean) * gamma * rstd;   z = relu(conv(x, w') + b' +
+    s)
 
-Traffic: each activation is written once and read once by each conv that uses it; nothing else. Folding is done in fp32 and
-rounded once to the activation's dtype. Source: Jacob et al. 2018, section 3.2 (folding).
+Traffic: each activation is written once and read once by each conv that uses it; nothing else.
+Folding is done in fp32 and rounded once to the activation's dtype. Source: Jacob et al. 2018,
+section 3.2 (folding).
 
-A folded weight is cached in its module and dropped when any tensor it came from changes: the cache key holds
-identity, version counter, storage address, dtype of each, and the shape the weight was packed for. A write through
-`.data` bypasses torch's version counter; call `fastres.invalidate(model)` after one.
+A folded weight is cached in its module and dropped when any tensor it came from changes: the cache
+key holds identity, version counter, storage address, dtype of each, and the shape the weight was
+packed for. A write through `.data` bypasses torch's version counter; call
+`fastres.invalidate(model)` after one.
 
-oneDNN's ReLU post-op turns NaN into 0, unlike torch's. So this path is taken only for finite inputs and finite folded weights:
-the first fused module checks its input (one sum), and marks its output so that the next one need not."""
+oneDNN's ReLU post-op turns NaN into 0, unlike torch's. So this path is taken only for finite inputs
+and finite folded weights: the first fused module checks its input (one sum), and marks its output
+so that the next one need not."""
 
 from __future__ import annotations
 
@@ -43,7 +48,8 @@ class Packed(NamedTuple):
 
 
 class Cache:
-    """Folded weights of one conv + batch norm. Not copied, not pickled: a copy starts empty and refolds."""
+    """Folded weights of one conv + batch norm. Not copied, not pickled: a copy starts empty and
+    refolds."""
 
     def __init__(self) -> None:
         self._stamp: tuple | None = None
@@ -60,10 +66,13 @@ class Cache:
         self._packs.clear()
 
     def get(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Packed | None:
-        """The folded conv for inputs like x; None when the folded weights are not finite or not cacheable."""
+        """The folded conv for inputs like x; None when the folded weights are not finite or not
+        cacheable."""
         tensors = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
         if any(t is not None and t.is_inference() for t in tensors):
-            counters.count("inference: parameters made under inference_mode cannot be watched for changes")
+            counters.count(
+                "inference: parameters made under inference_mode cannot be watched for changes"
+            )
             return None
         stamp = (
             bn.eps, conv.stride, conv.padding, conv.dilation, conv.groups,
@@ -85,7 +94,8 @@ class Cache:
 
 @torch.no_grad()
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Packed | None:
-    """Fold bn into conv and prepack for inputs of x's shape and dtype; None when the result is not finite."""
+    """Fold bn into conv and prepack for inputs of x's shape and dtype; None when the result is not
+    finite."""
     assert bn.running_mean is not None and bn.running_var is not None
     scale = (bn.running_var.float() + bn.eps).rsqrt()
     if bn.weight is not None:
@@ -98,11 +108,11 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Packed | None:
     weight = conv.weight.float() * scale.view(-1, 1, 1, 1)
     if not math.isfinite((weight.sum() + shift.sum()).item()):
         return None
-    geometry = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)  # type: ignore[misc]
+    geometry = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
     packed = torch.ops.mkldnn._reorder_convolution_weight(
         weight.to(x.dtype).contiguous(memory_format=torch.channels_last), *geometry, list(x.shape)
     )
-    return Packed(packed, shift, shift.to(x.dtype), *geometry)  # type: ignore[arg-type]
+    return Packed(packed, shift, shift.to(x.dtype), *geometry)
 
 
 def usable(x: Tensor) -> str | None:
@@ -111,7 +121,8 @@ def usable(x: Tensor) -> str | None:
         return "not a CPU tensor"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"{x.dtype} has no oneDNN path here"
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[attr-defined]
+    mkldnn = torch.backends.mkldnn
+    if not (mkldnn.is_available() and mkldnn.enabled):
         return "torch.backends.mkldnn is off"
     if not is_nhwc(x):
         return "NCHW input"
@@ -121,12 +132,15 @@ def usable(x: Tensor) -> str | None:
 
 
 def finite(x: Tensor) -> bool:
-    """Whether x holds no NaN or Inf; one pass, none when a fused module made x from finite input."""
+    """Whether x holds no NaN or Inf; one pass, none when a fused module made x from finite
+    input."""
     if getattr(x, _MARK, False):
         return True
     if math.isfinite(x.sum(dtype=torch.float32).item()):
         return True
-    counters.count("inference: a non-finite input took the unfolded path, to propagate as torch does")
+    counters.count(
+        "inference: a non-finite input took the unfolded path, to propagate as torch does"
+    )
     return False
 
 

@@ -1,9 +1,11 @@
-"""Large buffers on the CPU: keep them in the process instead of mapping and faulting them anew for every op.
+"""Large buffers on the CPU: keep them in the process instead of mapping and faulting them anew for
+every op.
 
-glibc maps any allocation above a threshold (at most 32 MiB) afresh and gives it back when freed, so each activation of a
-training step is page-faulted again: a third of a ResNet-50's CPU time (ANCHORS.md). `keep_buffers` turns that off
-with mallopt, for the whole process: M_MMAP_MAX=0, M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 MiB. The price is that peak memory stays with the
-process until it ends. `FASTRES_MALLOC=0` leaves malloc alone; `release_buffers()` restores glibc's defaults."""
+glibc maps any allocation above a threshold (at most 32 MiB) afresh and gives it back when freed, so
+each activation of a training step is page-faulted again: a third of a ResNet-50's CPU time
+(ANCHORS.md). `keep_buffers` turns that off with mallopt, for the whole process: M_MMAP_MAX=0,
+M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 MiB. The price is that peak memory stays with the process until it
+ends. `FASTRES_MALLOC=0` leaves malloc alone; `release_buffers()` restores glibc's defaults."""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ def state() -> str:
     """One line for `fastres doctor`."""
     if os.environ.get("FASTRES_MALLOC") == "0":
         return "off (FASTRES_MALLOC=0)"
-    return "on: large buffers are kept" if _kept else "not yet: the first convert of a CPU model turns it on"
+    return (
+        "on: large buffers are kept"
+        if _kept
+        else "not yet: the first convert of a CPU model turns it on"
+    )
 
 
 def keep_buffers() -> bool:

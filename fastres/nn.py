@@ -1,9 +1,10 @@
-"""FastRes modules: blocks that run as one fused autograd node, and the mixins by which `convert` gives a user's own
-blocks the same forward.
+"""FastRes modules: blocks that run as one fused autograd node, and the mixins by which `convert`
+gives a user's own blocks the same forward.
 
-A fused module *is a* module of the original class with another forward: same children, parameters, hooks and paths. When
-something asks for an intermediate that fusion does not produce (a hook on an inner layer, a replaced child, tracing), the
-call runs the original forward, and the reason is counted for `fastres.report`."""
+A fused module *is a* module of the original class with another forward: same children, parameters,
+hooks and paths. When something asks for an intermediate that fusion does not produce (a hook on an
+inner layer, a replaced child, tracing), the call runs the original forward, and the reason is
+counted for `fastres.report`."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 class Spec:
     """Where a fused module finds its layers: paths of conv and batch norm, in execution order.
 
-    units: the main branch; shortcut: the projection's pair, if any; plain: other children the fused forward stands in for
-    (ReLU, max-pool), which must keep their type and carry no hooks."""
+    units: the main branch; shortcut: the projection's pair, if any; plain: other children the fused
+    forward stands in for (ReLU, max-pool), which must keep their type and carry no hooks."""
 
     units: tuple[tuple[str, str], ...]
     shortcut: tuple[str, str] | None = None
@@ -94,7 +95,8 @@ def pool_obstacle(pool: nn.MaxPool2d, name: str) -> str | None:
 
 
 def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
-    """Why module cannot run fused as it stands: a child of another type, a hook on one, an unfusable setting."""
+    """Why module cannot run fused as it stands: a child of another type, a hook on one, an
+    unfusable setting."""
     for path, kind in spec.covered():
         try:
             m = child(module, path)
@@ -105,11 +107,11 @@ def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
         if any(getattr(m, hooks) for hooks in _HOOKS):
             return f"{path} has a hook, which needs the unfused tensors"
         reason = None
-        if kind is nn.Conv2d:
+        if isinstance(m, nn.Conv2d):
             reason = conv_obstacle(m, path)
-        elif kind is nn.BatchNorm2d:
+        elif isinstance(m, nn.BatchNorm2d):
             reason = bn_obstacle(m, path)
-        elif kind is nn.MaxPool2d:
+        elif isinstance(m, nn.MaxPool2d):
             reason = pool_obstacle(m, path)
         if reason is not None:
             return reason
@@ -174,7 +176,7 @@ def fused_class(mixin: type, original: type[nn.Module]) -> type:
 
 def _rebuild(mixin: type, original: type[nn.Module]) -> nn.Module:
     cls = fused_class(mixin, original)
-    return cls.__new__(cls)  # type: ignore[no-any-return]
+    return object.__new__(cls)
 
 
 def fuse(module: nn.Module, mixin: type, spec: Spec) -> None:
@@ -186,7 +188,7 @@ def fuse(module: nn.Module, mixin: type, spec: Spec) -> None:
 
 def unfuse(module: nn.Module) -> None:
     """The inverse of `fuse`, exact."""
-    module.__class__ = type(module).original_class  # type: ignore[assignment, attr-defined]
+    module.__class__ = type(module).original_class  # type: ignore[attr-defined]
     del module.__dict__["_fastres"]
 
 
@@ -210,14 +212,15 @@ def unit_of(module: nn.Module, pair: tuple[str, str]) -> Unit:
 
 
 class ResidualBlockMixin(FusedMixin):
-    """relu(bn_K(conv_K(... relu(bn_1(conv_1(x))))) + shortcut(x)) as one node (fastres.ops.residual_block)."""
+    """relu(bn_K(conv_K(... relu(bn_1(conv_1(x))))) + shortcut(x)) as one node
+    (fastres.ops.residual_block)."""
 
     def forward(self, x: Tensor) -> Tensor:
         reason = self._obstacle(x)
         if reason is None:
             return self.fused_forward(x)
         self._leave(reason)
-        return super().forward(x)  # type: ignore[misc, no-any-return]
+        return super().forward(x)  # type: ignore[misc]
 
     def _obstacle(self, x: Tensor) -> str | None:
         reason = super()._obstacle(x)
@@ -240,11 +243,13 @@ class ResidualBlockMixin(FusedMixin):
 
 
 def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
-    """x in the dtype the convs run in: autocast's, otherwise its own, which must be the weights'."""
+    """x in the dtype the convs run in: autocast's, otherwise its own, which must be the
+    weights'."""
     weight = child(module, spec.units[0][0]).weight
     if weight.device != x.device:
         raise ValueError(
-            f"{type(module).__name__}: the input is on {x.device}, but the weights are on {weight.device}; "
+            f"{type(module).__name__}: the input is on {x.device}, but the weights are on "
+            f"{weight.device}; "
             "move one of them"
         )
     dtype = autocast_dtype(x)
@@ -252,7 +257,8 @@ def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
         return x.to(dtype)
     if weight.dtype != x.dtype:
         raise TypeError(
-            f"{type(module).__name__}: the input has dtype {x.dtype}, but the weights have {weight.dtype}; "
+            f"{type(module).__name__}: the input has dtype {x.dtype}, but the weights have "
+            f"{weight.dtype}; "
             "convert one of them, or run under torch.autocast"
         )
     return x
@@ -285,7 +291,8 @@ def _folded_block(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None
 
 
 def stem_forward(module: nn.Module, fusion: Fusion, pool: str | None, x: Tensor) -> Tensor:
-    """maxpool(relu(bn(conv(x)))): the stem of a ResNet, `pool` the path of its max-pool, or None."""
+    """maxpool(relu(bn(conv(x)))): the stem of a ResNet, `pool` the path of its max-pool, or
+    None."""
     spec = fusion.spec
     x = _cast_input(module, spec, x)
     (pair,) = spec.units
@@ -309,7 +316,8 @@ def stem_forward(module: nn.Module, fusion: Fusion, pool: str | None, x: Tensor)
 
 
 class StemMixin(FusedMixin):
-    """A network whose stem (conv, BN, ReLU, max-pool) is fused; a model family's subclass says where it stands."""
+    """A network whose stem (conv, BN, ReLU, max-pool) is fused; a model family's subclass says
+    where it stands."""
 
     pool: str | None = "maxpool"
 
@@ -318,7 +326,8 @@ class StemMixin(FusedMixin):
 
 
 class ConvBNReLU(nn.Module):
-    """relu(batch_norm(conv2d(x))), trained as one fused node, folded and prepacked for CPU inference.
+    """relu(batch_norm(conv2d(x))), trained as one fused node, folded and prepacked for CPU
+    inference.
 
     Children `conv` (no bias) and `bn`; arguments as torch.nn.Conv2d's. x: (N, in_channels, H, W) ->
     (N, out_channels, H', W'). Source: He et al. 2015, section 3.4."""
@@ -422,7 +431,8 @@ class FastBasicBlock(ResidualBlockMixin, _PlainBlock):
 
 
 class FastBottleneck(ResidualBlockMixin, _PlainBlock):
-    """1x1, 3x3, 1x1 convs and a shortcut (He et al. 2015, figure 5 right; stride on the 3x3), fused.
+    """1x1, 3x3, 1x1 convs and a shortcut (He et al. 2015, figure 5 right; stride on the 3x3),
+    fused.
 
     Arguments, children and state_dict keys are those of torchvision.models.resnet.Bottleneck.
     x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride)."""

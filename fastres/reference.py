@@ -1,14 +1,16 @@
 """The readable truth of every fused operation.
 
-Plain torch math on (N, C, H, W) tensors. Evaluated in float64 it is what every backend's numbers are
-judged against; evaluated in the tensor's own dtype it is the `reference` backend (see
-`fastres/_reference_backend.py`). Functions return their results; `docs/kernels.md` has the out-variant contract.
+Plain torch math on (N, C, H, W) tensors. Evaluated in float64 it is what every backend's numbers
+are judged against; evaluated in the tensor's own dtype it is the `reference` backend (see
+`fastres/_reference_backend.py`). Functions return their results; `docs/kernels.md` has the
+out-variant contract.
 
-    mean = E[x]    var = E[(x - mean)^2]    rstd = 1 / sqrt(var + eps)          over (N, H, W), per channel
-    normalise(x) = (x - mean) * rstd * gamma + beta
+    mean = E[x]    var = E[(x - mean)^2]    rstd = 1 / sqrt(var + eps)          over (N, H, W), per
+    channel normalise(x) = (x - mean) * rstd * gamma + beta
     z = relu(normalise(x) + shortcut)        shortcut: nothing, a tensor, or its own normalise(...)
 
-Sources: Ioffe & Szegedy 2015 (batch normalization, Alg. 1 and section 3); He et al. 2015, section 3 (residual blocks).
+Sources: Ioffe & Szegedy 2015 (batch normalization, Alg. 1 and section 3); He et al. 2015, section 3
+(residual blocks).
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def relu(v: Tensor) -> Tensor:
 
 
 def relu_gate(z: Tensor) -> Tensor:
-    """Where the gradient passes the ReLU: not (z <= 0), so at exactly 0 it does not, at NaN it does."""
+    """Where the gradient passes the ReLU: not (z <= 0), so at exactly 0 it does not, at NaN it
+    does."""
     return ~(z <= 0)
 
 
@@ -96,7 +99,8 @@ def bn_bwd_apply(
     dbeta: Tensor,
     training: bool,
 ) -> Tensor:
-    """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M); with fixed statistics gamma * rstd * g."""
+    """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M); with fixed statistics gamma * rstd *
+    g."""
     scale = _per_channel(rstd if gamma is None else gamma * rstd)
     if not training:
         return scale * g
@@ -121,7 +125,8 @@ def maxpool_index(z: Tensor, kernel: int, stride: int, padding: int) -> tuple[Te
 def maxpool_scatter(
     dz: Tensor, index: Tensor, shape: torch.Size, kernel: int, stride: int, padding: int
 ) -> Tensor:
-    """Gradient of the pooled input: the sum of dz over the windows whose index points at the pixel."""
+    """Gradient of the pooled input: the sum of dz over the windows whose index points at the
+    pixel."""
     n, c, h, w = shape
     g = dz.new_zeros((n, c, h + 2 * padding + kernel, w + 2 * padding + kernel))
     rows, cols = dz.shape[2], dz.shape[3]

@@ -33,14 +33,17 @@ class Case:
     ) -> tuple[Leaves, Leaves]:
         """Fresh leaves in dtype and layout (per-channel vectors at least fp32), and fresh buffers.
 
-        values_of: round the values to this dtype first, so that a float64 truth sees what the others see."""
+        values_of: round the values to this dtype first, so that a float64 truth sees what the
+        others see."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def fit(t: Tensor) -> Tensor:
             if t.dim() == 4:
                 t = t if values_of is None else t.to(values_of)
-                return t.to(dtype).contiguous(memory_format=layout).clone(
-                    memory_format=torch.preserve_format
+                return (
+                    t.to(dtype)
+                    .contiguous(memory_format=layout)
+                    .clone(memory_format=torch.preserve_format)
                 )
             return (t if values_of is None else t.float()).to(wide).clone()
 
@@ -62,13 +65,26 @@ def _vectors(name: str, c: int, g: torch.Generator) -> tuple[Leaves, Leaves]:
 
 def _bn(name: str, p: Leaves, b: Leaves, training: bool) -> BatchNorm:
     return BatchNorm(
-        p[f"{name}.weight"], p[f"{name}.bias"], b[f"{name}.mean"], b[f"{name}.var"], training, 0.1, 1e-5
+        p[f"{name}.weight"],
+        p[f"{name}.bias"],
+        b[f"{name}.mean"],
+        b[f"{name}.var"],
+        training,
+        0.1,
+        1e-5,
     )
 
 
 def _plain_bn(x: Tensor, name: str, p: Leaves, b: Leaves, training: bool) -> Tensor:
     return F.batch_norm(
-        x, b[f"{name}.mean"], b[f"{name}.var"], p[f"{name}.weight"], p[f"{name}.bias"], training, 0.1, 1e-5
+        x,
+        b[f"{name}.mean"],
+        b[f"{name}.var"],
+        p[f"{name}.weight"],
+        p[f"{name}.bias"],
+        training,
+        0.1,
+        1e-5,
     )
 
 
@@ -116,7 +132,9 @@ def make(name: str, shape: tuple[int, int, int, int], seed: int = 0) -> Case:
         leaves["r"] = randn(*shape)
         return Case(
             name, leaves, buffers,
-            lambda p, b, t: ops.bn_add_relu(p["x"], _bn("bn", p, b, t), p["r"], _bn("rbn", p, b, t)),
+            lambda p, b, t: ops.bn_add_relu(
+                p["x"], _bn("bn", p, b, t), p["r"], _bn("rbn", p, b, t)
+            ),
             lambda p, b, t: F.relu(
                 _plain_bn(p["x"], "bn", p, b, t) + _plain_bn(p["r"], "rbn", p, b, t)
             ),

@@ -25,7 +25,8 @@ FAMILY = {
 
 
 def small(seed: int = 0, block=resnet.Bottleneck, **kwargs) -> nn.Module:
-    """A whole torchvision ResNet, few and thin blocks, channels_last, batch norms away from their initial values."""
+    """A whole torchvision ResNet, few and thin blocks, channels_last, batch norms away from their
+    initial values."""
     torch.manual_seed(seed)
     if block is not resnet.BasicBlock:
         kwargs = {"width_per_group": 16} | kwargs
@@ -300,7 +301,9 @@ def test_verify_rejects_a_wrong_kernel_and_leaves_the_block(monkeypatch) -> None
     model = small()
     fastres.convert(model, verify=batch(4))
     left = {row.path: row.reason for row in fastres.report(model).left}
-    assert left and all("verify: " in reason and "relative error" in reason for reason in left.values())
+    assert left and all(
+        "verify: " in reason and "relative error" in reason for reason in left.values()
+    )
     assert set(left) >= {"layer1.0", "layer1.1"}
     assert type(model.layer1[0]) is resnet.Bottleneck
     monkeypatch.undo()
@@ -338,7 +341,10 @@ def _ddp():
 BAD = {
     "a string": (lambda: "resnet50", "model must be a torch.nn.Module, got str"),
     "a class": (lambda: resnet.ResNet, "model is the class ResNet; pass an instance"),
-    "compiled": (lambda: torch.compile(small()), r"convert first, then wrap: torch.compile\(fastres.convert"),
+    "compiled": (
+        lambda: torch.compile(small()),
+        r"convert first, then wrap: torch.compile\(fastres.convert",
+    ),
     "data parallel": (lambda: nn.DataParallel(small()), "already wrapped by DataParallel"),
     "ddp": (_ddp, "convert first, then wrap"),
 }
@@ -357,7 +363,11 @@ def test_convert_rejects(what: str) -> None:
 @pytest.mark.parametrize(
     ("sample", "error", "message"),
     [
-        (torch.randn(3, 64, 64), ValueError, r"non-empty \(N, C, H, W\) batch, got shape \(3, 64, 64\)"),
+        (
+            torch.randn(3, 64, 64),
+            ValueError,
+            r"non-empty \(N, C, H, W\) batch, got shape \(3, 64, 64\)",
+        ),
         (torch.randn(0, 3, 64, 64), ValueError, "non-empty"),
         (torch.randn(1, 3, 64, 64).half(), ValueError, "they must agree"),
         ("x", TypeError, "sample must be a Tensor, got str"),
@@ -374,14 +384,22 @@ def test_wrong_input_at_run_time_is_one_clear_error() -> None:
     model = fastres.convert(small())
     before = [b.clone() for b in model.buffers()]
     cases = [
-        (torch.randn(2, 3, 64, 64).bfloat16(), TypeError, "the input has dtype torch.bfloat16, but the weights"),
+        (
+            torch.randn(2, 3, 64, 64).bfloat16(),
+            TypeError,
+            "the input has dtype torch.bfloat16, but the weights",
+        ),
         (torch.randn(2, 4, 64, 64), (ValueError, RuntimeError), "channels"),
         (torch.randn(2, 3, 64, 64, device="meta"), ValueError, "the input is on meta"),
     ]
     for x, error, message in cases:
         with pytest.raises(error, match=message):
             model(x)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True) if a.is_floating_point())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, model.buffers(), strict=True)
+        if a.is_floating_point()
+    )
 
 
 def test_convert_is_quick() -> None:

@@ -23,8 +23,10 @@ CHANGES = {
     ".data replaced": lambda m: setattr(
         m.layer1[0].conv1.weight, "data", m.layer1[0].conv1.weight * 2
     ),
-    "another stride": lambda m: setattr(m.layer2[0].conv2, "stride", (1, 1))
-    or setattr(m.layer2[0].downsample[0], "stride", (1, 1)),
+    "another stride": lambda m: (
+        setattr(m.layer2[0].conv2, "stride", (1, 1))
+        or setattr(m.layer2[0].downsample[0], "stride", (1, 1))
+    ),
     "eps": lambda m: setattr(m.layer4[0].bn2, "eps", 0.5),
 }
 

@@ -1,4 +1,5 @@
-"""Every public op x dtype x layout x mode x backend against float64, and the promises of a torch op."""
+"""Every public op x dtype x layout x mode x backend against float64, and the promises of a torch
+op."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from fastres.convert.verify import Difference, difference
 from fastres.ops import BatchNorm, Conv, Unit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# The interpreter runs a program at a time: one small odd shape; the C++ kernels also see vector widths and tails.
-# A value within rounding of 0 may pass one ReLU and not the other (both are right): up to ATTEMPTS seeds, one must pass.
+# The interpreter runs a program at a time: one small odd shape; the C++ kernels also see vector
+# widths and tails. A value within rounding of 0 may pass one ReLU and not the other (both are
+# right): up to ATTEMPTS seeds, one must pass.
 ATTEMPTS = 3
 SHAPES = {"cpu": [(2, 35, 7, 9), (3, 64, 8, 8)], "triton": [(2, 12, 5, 7)]}
 
@@ -108,10 +110,12 @@ def test_opcheck() -> None:
         o.bn_act: (x, *vectors, True, 1e-5, r, *res, False, 1e-5, True, True),
         o.bn_relu_maxpool: (x, *vectors, True, 1e-5, 3, 2, 1),
         o.conv_bn_act: (
-            x, u.conv.weight, None, u.conv.geometry(), *vectors, True, 1e-5, r, *none, False, 0.0, True, True,
+            x, u.conv.weight, None, u.conv.geometry(), *vectors, True, 1e-5, r, *none, False, 0.0,
+            True, True,
         ),
         o.residual_block: (
-            x, [u.conv.weight, v.conv.weight], *columns, geometry, [True, False], [1e-5] * 2, False, True,
+            x, [u.conv.weight, v.conv.weight], *columns, geometry, [True, False], [1e-5] * 2,
+            False, True,
         ),
         o.update_running_stats: (
             [bn.running_mean], [bn.running_var], [torch.rand(3, 8, generator=g)], [0.1], [72],
@@ -173,7 +177,9 @@ def test_large_mean_small_std() -> None:
     x = (1e4 + torch.randn(8, 16, 14, 14, generator=g)).to(memory_format=torch.channels_last)
     z = ops.bn_relu(x, BatchNorm(None, None, training=True), relu=False)
     exact = x.double()
-    exact = (exact - exact.mean((0, 2, 3), keepdim=True)) / exact.std((0, 2, 3), correction=0, keepdim=True)
+    exact = (exact - exact.mean((0, 2, 3), keepdim=True)) / exact.std(
+        (0, 2, 3), correction=0, keepdim=True
+    )
     assert (z - exact).abs().max() < 2e-3  # 1e4 in fp32 has steps of 1e-3
 
 
@@ -216,9 +222,17 @@ X = torch.randn(2, 4, 5, 5)
 BN = BatchNorm(torch.ones(4), torch.zeros(4), torch.zeros(4), torch.ones(4), True)
 CONV = Conv(torch.randn(4, 4, 3, 3), None, (1, 1), (1, 1))
 BAD = {
-    "int dtype": (lambda: ops.bn_relu(X.int(), BN), TypeError, "x has dtype torch.int32; accepted: float32"),
+    "int dtype": (
+        lambda: ops.bn_relu(X.int(), BN),
+        TypeError,
+        "x has dtype torch.int32; accepted: float32",
+    ),
     "not a tensor": (lambda: ops.add_relu([1.0], X), TypeError, "a must be a Tensor, got list"),
-    "rank": (lambda: ops.add_relu(X[0], X[0]), ValueError, r"a must be 4-d \(N, C, H, W\), got 3-d"),
+    "rank": (
+        lambda: ops.add_relu(X[0], X[0]),
+        ValueError,
+        r"a must be 4-d \(N, C, H, W\), got 3-d",
+    ),
     "empty": (lambda: ops.bn_relu(X[:0], BN), ValueError, r"x is empty \(0, 4, 5, 5\)"),
     "channels": (
         lambda: ops.bn_relu(X, BN._replace(weight=torch.ones(5))),
@@ -240,7 +254,11 @@ BAD = {
         ValueError,
         r"residual must have shape \(2, 4, 5, 5\), got \(2, 4, 3, 5\)",
     ),
-    "residual dtype": (lambda: ops.add_relu(X, X.double()), TypeError, "b has dtype torch.float64, but x has"),
+    "residual dtype": (
+        lambda: ops.add_relu(X, X.double()),
+        TypeError,
+        "b has dtype torch.float64, but x has",
+    ),
     "device": (lambda: ops.add_relu(X, X.to("meta")), ValueError, "b is on meta, but x is on cpu"),
     "bn device": (
         lambda: ops.bn_relu(X, BN._replace(bias=torch.zeros(4, device="meta"))),
@@ -263,7 +281,11 @@ BAD = {
         "an identity shortcut needs the block to keep x's shape",
     ),
     "no units": (lambda: ops.residual_block(X, []), ValueError, "units is empty"),
-    "pool": (lambda: ops.bn_relu_maxpool(X, BN, 3, 2, 2), ValueError, "0 <= padding <= kernel // 2"),
+    "pool": (
+        lambda: ops.bn_relu_maxpool(X, BN, 3, 2, 2),
+        ValueError,
+        "0 <= padding <= kernel // 2",
+    ),
     "backend": (
         lambda: fastres.use_backend("cudnn").__enter__(),
         fastres.BackendError,

@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import memory
-from ..nn import Fusion, FusedMixin, fuse, unfuse
+from fastres import memory
+from fastres.nn import FusedMixin, Fusion, fuse, unfuse
+
 from ._match import Match, find
 from .report import Report, Row, report
 from .verify import Verification, check_sample, compare_block, verify
@@ -30,7 +31,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class ConvertError(RuntimeError):
-    """`convert(strict=True)` found something it cannot fuse; the message lists it. The model is unchanged."""
+    """`convert(strict=True)` found something it cannot fuse; the message lists it. The model is
+    unchanged."""
 
 
 def _check_model(op: str, model: object) -> None:
@@ -46,27 +48,35 @@ def _check_model(op: str, model: object) -> None:
         kind = type(model).__name__
         wrapper = kind, f"{kind}(fastres.convert(model))"
     elif isinstance(model, torch.jit.ScriptModule):
-        wrapper = "torch.jit", "fastres.convert on the original module; TorchScript itself cannot be converted"
+        wrapper = (
+            "torch.jit",
+            "fastres.convert on the original module; TorchScript itself cannot be converted",
+        )
     if wrapper is not None:
         raise TypeError(
-            f"{op}: model is already wrapped by {wrapper[0]}; convert first, then wrap: {wrapper[1]}"
+            f"{op}: model is already wrapped by {wrapper[0]}; convert first, then wrap: "
+            f"{wrapper[1]}"
         )
 
 
 def convert(model: M, *, verify: Tensor | None = None, strict: bool = False) -> M:
     """Make a ResNet run on fused kernels, in place, and return it.
 
-    Every block and stem of a known model family (torchvision's ResNet, ResNeXt, Wide-ResNet) gets a fused forward. Parameters,
-    buffers, state_dict keys, hooks, training flags and module paths stay the same objects and names, so checkpoints go both
-    ways. Converting twice is the same as once; `revert` undoes it exactly; `report` says what was done.
+    Every block and stem of a known model family (torchvision's ResNet, ResNeXt, Wide-ResNet) gets a
+    fused forward. Parameters, buffers, state_dict keys, hooks, training flags and module paths stay
+    the same objects and names, so checkpoints go both ways. Converting twice is the same as once;
+    `revert` undoes it exactly; `report` says what was done.
 
-    verify: a sample batch (N, C, H, W). Each block is compared with the original on what it sees of the sample
-        (forward, gradients, running statistics; train and eval) before it is accepted; one that differs is left as it was,
-        with the numbers in the report.
-    strict: raise ConvertError, changing nothing, when any known block or normalisation layer would be left unfused.
+    verify: a sample batch (N, C, H, W). Each block is compared with the original on what it sees of
+    the sample
+        (forward, gradients, running statistics; train and eval) before it is accepted; one that
+        differs is left as it was, with the numbers in the report.
+    strict: raise ConvertError, changing nothing, when any known block or normalisation layer would
+    be left unfused.
 
-    On the CPU the process's malloc is told to keep large buffers (fastres.memory; FASTRES_MALLOC=0 leaves it alone).
-    Raises TypeError for what is not a plain module: a class, or a model wrapped by torch.compile, DDP or TorchScript."""
+    On the CPU the process's malloc is told to keep large buffers (fastres.memory; FASTRES_MALLOC=0
+    leaves it alone). Raises TypeError for what is not a plain module: a class, or a model wrapped
+    by torch.compile, DDP or TorchScript."""
     _check_model("convert", model)
     if verify is not None:
         check_sample("convert(verify=...)", model, verify)
@@ -95,7 +105,8 @@ def convert(model: M, *, verify: Tensor | None = None, strict: bool = False) -> 
 
 
 def revert(model: M) -> M:
-    """Undo `convert` exactly, in place, and return the model. A model that was never converted stays as it is."""
+    """Undo `convert` exactly, in place, and return the model. A model that was never converted
+    stays as it is."""
     _check_model("revert", model)
     for m in model.modules():
         if isinstance(m, FusedMixin) and hasattr(type(m), "original_class"):
@@ -107,7 +118,8 @@ def revert(model: M) -> M:
 def invalidate(model: nn.Module) -> None:
     """Drop every folded weight, to be folded anew at the next inference.
 
-    Needed only after a write that torch's version counters do not see: through `.data`, numpy, or a raw pointer."""
+    Needed only after a write that torch's version counters do not see: through `.data`, numpy, or a
+    raw pointer."""
     for m in model.modules():
         fusion = m.__dict__.get("_fastres")
         if isinstance(fusion, Fusion):
@@ -143,9 +155,8 @@ def _rejects(
         original = scratch.get_submodule(path)
         fused = copy.deepcopy(original)
         fuse(fused, match.mixin, match.spec)
-        result = compare_block(
-            original, match.original, fused, match.mixin.fused_forward, seen[path]  # type: ignore[attr-defined]
-        )
+        call = match.mixin.fused_forward  # type: ignore[attr-defined]
+        result = compare_block(original, match.original, fused, call, seen[path])
         if not result.ok:
             rejected[path] = f"verify: {result.worst}"
     return rejected

@@ -1,7 +1,8 @@
 """What a matcher answers, and the walk that asks every module of a model.
 
-A model family is one file with MODULE (the Python module its classes come from) and matchers(module), a map from exact class
-to a function that answers with a Match, or with the reason for a miss. Adding a family is adding such a file to FAMILIES."""
+A model family is one file with MODULE (the Python module its classes come from) and
+matchers(module), a map from exact class to a function that answers with a Match, or with the reason
+for a miss. Adding a family is adding such a file to FAMILIES."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..nn import FusedMixin, Spec, spec_obstacle
+from fastres.nn import FusedMixin, Spec, spec_obstacle
 
 FAMILIES = ("fastres.convert.torchvision",)
 
@@ -61,7 +62,12 @@ def find(model: nn.Module) -> Iterator[tuple[str, nn.Module, Match | str]]:
             continue
         base = next((t for t in type(m).__mro__ if t in known), None)
         if base is not None and not isinstance(m, FusedMixin):
-            yield path, m, (
-                f"{type(m).__name__} is a subclass of {base.__name__} that may change its forward; "
-                "exact types are matched"
+            yield (
+                path,
+                m,
+                (
+                    f"{type(m).__name__} is a subclass of {base.__name__} that may change its "
+                    f"forward; "
+                    "exact types are matched"
+                ),
             )

@@ -1,4 +1,5 @@
-"""`fastres.report(model)`: module by module, what is (or would be) fused, by which backend, and why the rest is not."""
+"""`fastres.report(model)`: module by module, what is (or would be) fused, by which backend, and why
+the rest is not."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from .. import backends, counters, inference
-from ..nn import FusedMixin, spec_obstacle
+from fastres import backends, counters, inference
+from fastres.nn import FusedMixin, spec_obstacle
+
 from ._match import Match, find, original_type
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
@@ -17,8 +19,8 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class Row:
-    """One module of the report. status: "fused", "would fuse" (before convert), or "left"; reason: for "left", why;
-    otherwise how the backend was chosen."""
+    """One module of the report. status: "fused", "would fuse" (before convert), or "left"; reason:
+    for "left", why; otherwise how the backend was chosen."""
 
     path: str
     type: str
@@ -30,7 +32,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What fastres does with a model. `str()` is the table; `to_dict()` and `to_json()` the same as data.
+    """What fastres does with a model. `str()` is the table; `to_dict()` and `to_json()` the same as
+    data.
 
     counters: layout copies and calls that ran unfused since the process started."""
 
@@ -68,9 +71,7 @@ class Report:
             for row in table
         ]
         would = sum(row.status == "would fuse" for row in self.rows)
-        lines.append(
-            f"{self.fused} fused, {would} would fuse, {len(self.left)} left as they are"
-        )
+        lines.append(f"{self.fused} fused, {would} would fuse, {len(self.left)} left as they are")
         lines += [f"{count} x {event}" for event, count in sorted(self.counters.items())]
         return "\n".join(lines)
 
@@ -93,10 +94,11 @@ def _backend(m: nn.Module) -> tuple[str, str]:
 
 
 def report(model: nn.Module) -> Report:
-    """Say, module by module, what is fused, or before `convert` would be, by which backend, and why the rest is not.
+    """Say, module by module, what is fused, or before `convert` would be, by which backend, and why
+    the rest is not.
 
-    Rows are the blocks and stems a model family knows, and every normalisation layer outside of them. Raises TypeError when
-    model is not a torch.nn.Module."""
+    Rows are the blocks and stems a model family knows, and every normalisation layer outside of
+    them. Raises TypeError when model is not a torch.nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     rows: list[Row] = []
@@ -124,10 +126,24 @@ def report(model: nn.Module) -> Report:
             covered.update(id(m.get_submodule(p)) for p, _ in own.spec.covered())
             backend, why = _backend(m) if reason is None else ("", reason)
             rows.append(
-                Row(path or "(model)", type(m).__name__, "left" if reason else "fused", "block", backend, why)
+                Row(
+                    path or "(model)",
+                    type(m).__name__,
+                    "left" if reason else "fused",
+                    "block",
+                    backend,
+                    why,
+                )
             )
         elif isinstance(m, NORMS) and id(m) not in covered and id(m) not in missed:
             rows.append(
-                Row(path, type(m).__name__, "left", "", "", "not part of a block that a model family knows")
+                Row(
+                    path,
+                    type(m).__name__,
+                    "left",
+                    "",
+                    "",
+                    "not part of a block that a model family knows",
+                )
             )
     return Report(tuple(rows), counters.events())

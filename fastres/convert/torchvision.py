@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import ResidualBlockMixin, Spec, StemMixin
+from fastres.nn import ResidualBlockMixin, Spec, StemMixin
+
 from ._match import Match, Matcher
 
 MODULE = "torchvision.models.resnet"
@@ -20,15 +22,15 @@ class TorchvisionResNetMixin(StemMixin):
         reason = self._obstacle(x)
         if reason is not None:
             self._leave(reason)
-            return super()._forward_impl(x)  # type: ignore[misc, no-any-return]
-        m: nn.Module = self  # type: ignore[assignment]
+            return super()._forward_impl(x)  # type: ignore[misc]
+        m: Any = self
         x = self.fused_forward(x)
         x = m.layer4(m.layer3(m.layer2(m.layer1(x))))
-        return m.fc(torch.flatten(m.avgpool(x), 1))  # type: ignore[no-any-return]
+        return m.fc(torch.flatten(m.avgpool(x), 1))
 
 
-def plain_stem(m: nn.Module, x: Tensor) -> Tensor:
-    return m.maxpool(m.relu(m.bn1(m.conv1(x))))  # type: ignore[no-any-return]
+def plain_stem(m: Any, x: Tensor) -> Tensor:
+    return m.maxpool(m.relu(m.bn1(m.conv1(x))))
 
 
 def _block(convs: int) -> Matcher:
@@ -40,7 +42,10 @@ def _block(convs: int) -> Matcher:
             shortcut = ("downsample.0", "downsample.1")
         units = tuple((f"conv{i}", f"bn{i}") for i in range(1, convs + 1))
         return Match(
-            "block", ResidualBlockMixin, Spec(units, shortcut, (("relu", nn.ReLU),)), type(m).forward
+            "block",
+            ResidualBlockMixin,
+            Spec(units, shortcut, (("relu", nn.ReLU),)),
+            type(m).forward,
         )
 
     return match

@@ -1,12 +1,15 @@
-"""Is the fused module the same function? Forward, gradients and running statistics against the original.
+"""Is the fused module the same function? Forward, gradients and running statistics against the
+original.
 
-The judge is the original in float64. A fused result passes when its max and RMS error against it are at most 2x those of the original
-in its own dtype, plus a floor (`FLOOR`, relative to the largest true value): DESIGN.md section 3.
+The judge is the original in float64. A fused result passes when its max and RMS error against it
+are at most 2x those of the original in its own dtype, plus a floor (`FLOOR`, relative to the
+largest true value): DESIGN.md section 3.
 
-A ReLU whose input lies within rounding of 0 may open in one and stay shut in the other; both are right, and the gradients differ by
-that element's whole contribution. A block is therefore tried on up to ATTEMPTS slightly different samples, of which a wrong
-kernel fails each; a whole network, where such elements are certain and are amplified layer by layer, is held to the RMS
-error of its gradients with NETWORK_GRADIENT_FLOOR."""
+A ReLU whose input lies within rounding of 0 may open in one and stay shut in the other; both are
+right, and the gradients differ by that element's whole contribution. A block is therefore tried on
+up to ATTEMPTS slightly different samples, of which a wrong kernel fails each; a whole network,
+where such elements are certain and are amplified layer by layer, is held to the RMS error of its
+gradients with NETWORK_GRADIENT_FLOOR."""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.f
 
 @dataclass(frozen=True)
 class Difference:
-    """One compared tensor: errors relative to the largest true magnitude (max) and to the true RMS (rms)."""
+    """One compared tensor: errors relative to the largest true magnitude (max) and to the true RMS
+    (rms)."""
 
     name: str
     ours_max: float
@@ -39,8 +43,10 @@ class Difference:
     def excess(self) -> float:
         """Error over what is allowed; at most 1 passes."""
         rms = self.ours_rms / (FACTOR * self.theirs_rms + self.floor)
-        return rms if self.rms_only else max(
-            rms, self.ours_max / (FACTOR * self.theirs_max + self.floor)
+        return (
+            rms
+            if self.rms_only
+            else max(rms, self.ours_max / (FACTOR * self.theirs_max + self.floor))
         )
 
     @property
@@ -132,7 +138,8 @@ def compare(
     x: Tensor,
     network: bool = False,
 ) -> Verification:
-    """Run both on x, in train and in eval mode, against the original in float64; none of the arguments is changed."""
+    """Run both on x, in train and in eval mode, against the original in float64; none of the
+    arguments is changed."""
     differences = []
     truth = copy.deepcopy(original).double()
     theirs, ours = copy.deepcopy(original), copy.deepcopy(fused)
@@ -155,7 +162,8 @@ def compare(
 def compare_block(
     original: nn.Module, original_call: Call, fused: nn.Module, fused_call: Call, x: Tensor
 ) -> Verification:
-    """`compare` on up to ATTEMPTS samples near x; the first that passes counts, otherwise the last."""
+    """`compare` on up to ATTEMPTS samples near x; the first that passes counts, otherwise the
+    last."""
     generator = torch.Generator().manual_seed(0)
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -169,10 +177,12 @@ def compare_block(
 
 
 def verify(original: nn.Module, converted: nn.Module, sample: Tensor) -> Verification:
-    """Compare a converted network with its original on a sample, forward, gradients, running statistics, inference.
+    """Compare a converted network with its original on a sample, forward, gradients, running
+    statistics, inference.
 
-    Both are deep-copied first. sample: (N, C, H, W), the dtype and device of the parameters. Returns a Verification;
-    `.ok` is the verdict and `str()` names the worst tensor. Raises TypeError or ValueError for a bad argument."""
+    Both are deep-copied first. sample: (N, C, H, W), the dtype and device of the parameters.
+    Returns a Verification; `.ok` is the verdict and `str()` names the worst tensor. Raises
+    TypeError or ValueError for a bad argument."""
     for name, m in (("original", original), ("converted", converted)):
         if not isinstance(m, nn.Module):
             raise TypeError(f"verify: {name} must be a torch.nn.Module, got {type(m).__name__}")
@@ -181,7 +191,7 @@ def verify(original: nn.Module, converted: nn.Module, sample: Tensor) -> Verific
 
 
 def _call(m: nn.Module, x: Tensor) -> Tensor:
-    return m(x)  # type: ignore[no-any-return]
+    return m(x)
 
 
 def check_sample(op: str, model: nn.Module, sample: Tensor) -> None:
@@ -189,10 +199,12 @@ def check_sample(op: str, model: nn.Module, sample: Tensor) -> None:
         raise TypeError(f"{op}: the sample must be a Tensor, got {type(sample).__name__}")
     if sample.dim() != 4 or sample.numel() == 0:
         raise ValueError(
-            f"{op}: the sample must be a non-empty (N, C, H, W) batch, got shape {tuple(sample.shape)}"
+            f"{op}: the sample must be a non-empty (N, C, H, W) batch, got shape "
+            f"{tuple(sample.shape)}"
         )
     p = next(model.parameters(), None)
     if p is not None and (p.dtype != sample.dtype or p.device != sample.device):
         raise ValueError(
-            f"{op}: the sample is {sample.dtype} on {sample.device}, the model {p.dtype} on {p.device}; they must agree"
+            f"{op}: the sample is {sample.dtype} on {sample.device}, the model {p.dtype} on "
+            f"{p.device}; they must agree"
         )

@@ -1,4 +1,5 @@
-"""The arguments ops share (a convolution, a batch norm) and the checks made before anything is computed."""
+"""The arguments ops share (a convolution, a batch norm) and the checks made before anything is
+computed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Conv(NamedTuple):
     @staticmethod
     def of(m: nn.Conv2d) -> Conv:
         assert not isinstance(m.padding, str)
-        return Conv(m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups)  # type: ignore[arg-type]
+        geometry: tuple = (m.stride, m.padding, m.dilation, m.groups)
+        return Conv(m.weight, m.bias, *geometry)
 
     def geometry(self) -> list[int]:
         """[stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups]"""
@@ -32,8 +34,9 @@ class BatchNorm(NamedTuple):
     """A 2-d batch norm of C channels, with the meaning of torch.nn.functional.batch_norm.
 
     training: normalise by batch statistics and update the running ones by
-    `running = (1 - momentum) * running + momentum * batch` (unbiased variance); otherwise normalise by the running ones
-    (eval mode, or a frozen BN in a training model). Running statistics may be None when training."""
+    `running = (1 - momentum) * running + momentum * batch` (unbiased variance); otherwise normalise
+    by the running ones (eval mode, or a frozen BN in a training model). Running statistics may be
+    None when training."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -45,7 +48,8 @@ class BatchNorm(NamedTuple):
 
     @staticmethod
     def of(m: nn.BatchNorm2d) -> BatchNorm:
-        """The batch norm a module stands for at this moment; counts the batch as torch's forward does."""
+        """The batch norm a module stands for at this moment; counts the batch as torch's forward
+        does."""
         momentum = 0.0 if m.momentum is None else m.momentum
         if m.training and m.track_running_stats and m.num_batches_tracked is not None:
             m.num_batches_tracked.add_(1)
@@ -75,7 +79,8 @@ class BatchNorm(NamedTuple):
         return gamma, beta
 
     def running(self, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, var) to normalise by when not training; empty tensors when there are none to read."""
+        """(mean, var) to normalise by when not training; empty tensors when there are none to
+        read."""
         if self.training:
             empty = torch.empty(0, device=like.device)
             return empty, empty
@@ -98,7 +103,8 @@ def check_activation(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be 4-d (N, C, H, W), got {x.dim()}-d {_shape(x)}")
     if x.dtype not in FLOATS:
         raise TypeError(
-            f"{op}: {name} has dtype {x.dtype}; accepted: float32, bfloat16, float16 (float64 by the reference)"
+            f"{op}: {name} has dtype {x.dtype}; accepted: float32, bfloat16, float16 (float64 by "
+            f"the reference)"
         )
     if x.numel() == 0:
         raise ValueError(f"{op}: {name} is empty {_shape(x)}; at least one value is needed")
@@ -120,10 +126,13 @@ def conv_out_shape(op: str, x_shape: tuple[int, ...], conv: Conv) -> tuple[int, 
     n, c, h, w = x_shape
     weight = conv.weight
     if weight.dim() != 4:
-        raise ValueError(f"{op}: the conv weight must be 4-d (K, C / groups, R, S), got {_shape(weight)}")
+        raise ValueError(
+            f"{op}: the conv weight must be 4-d (K, C / groups, R, S), got {_shape(weight)}"
+        )
     if weight.shape[1] * conv.groups != c:
         raise ValueError(
-            f"{op}: x has {c} channels, but the conv weight {_shape(weight)} with groups={conv.groups} "
+            f"{op}: x has {c} channels, but the conv weight {_shape(weight)} with "
+            f"groups={conv.groups} "
             f"takes {weight.shape[1] * conv.groups}"
         )
     out = []
@@ -142,13 +151,18 @@ def conv_out_shape(op: str, x_shape: tuple[int, ...], conv: Conv) -> tuple[int, 
 def check_conv(op: str, x: Tensor, conv: Conv) -> None:
     for name, t in (("conv weight", conv.weight), ("conv bias", conv.bias)):
         if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: the {name} is on {t.device}, but x is on {x.device}; move one of them")
+            raise ValueError(
+                f"{op}: the {name} is on {t.device}, but x is on {x.device}; move one of them"
+            )
     if conv.weight.dtype not in FLOATS:
-        raise TypeError(f"{op}: the conv weight has dtype {conv.weight.dtype}; a floating dtype is needed")
+        raise TypeError(
+            f"{op}: the conv weight has dtype {conv.weight.dtype}; a floating dtype is needed"
+        )
 
 
 def check_bn(op: str, shape: tuple[int, ...], x: Tensor, bn: BatchNorm, name: str = "bn") -> None:
-    """The vectors of bn have `shape[1]` elements on x's device, and there is something to normalise by."""
+    """The vectors of bn have `shape[1]` elements on x's device, and there is something to normalise
+    by."""
     channels = shape[1]
     vectors = {
         "weight": bn.weight,
@@ -161,16 +175,21 @@ def check_bn(op: str, shape: tuple[int, ...], x: Tensor, bn: BatchNorm, name: st
             continue
         if t.dim() != 1 or t.shape[0] != channels:
             raise ValueError(
-                f"{op}: {name}.{field} must have shape ({channels},), one value a channel, got {_shape(t)}"
+                f"{op}: {name}.{field} must have shape ({channels},), one value a channel, got "
+                f"{_shape(t)}"
             )
         if t.device != x.device:
             raise ValueError(
                 f"{op}: {name}.{field} is on {t.device}, but x is on {x.device}; move one of them"
             )
     if bn.training:
-        if shape[0] * shape[2] * shape[3] == 1:  # torch's own words (torch.nn.functional.batch_norm)
+        if shape[0] * shape[2] * shape[3] == 1:
+            # torch's own words (torch.nn.functional.batch_norm)
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}"
+                f"Expected more than 1 value per channel when training, got input size "
+                f"{torch.Size(shape)}"
             )
     elif bn.running_mean is None or bn.running_var is None:
-        raise ValueError(f"{op}: {name} is not training, so running_mean and running_var are needed")
+        raise ValueError(
+            f"{op}: {name} is not training, so running_mean and running_var are needed"
+        )

@@ -16,7 +16,8 @@ def define(
     setup: Callable | None = None,
     backward: Callable | None = None,
 ) -> None:
-    """Register `torch.ops.fastres.<name>`; one implementation for every device, the backend is chosen inside."""
+    """Register `torch.ops.fastres.<name>`; one implementation for every device, the backend is
+    chosen inside."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
@@ -28,15 +29,18 @@ def define(
 
 
 def refuse_double_backward(name: str) -> tuple[Callable, Callable]:
-    """(setup, backward) for an op that computes gradients: differentiating it again is an error, never zeros."""
+    """(setup, backward) for an op that computes gradients: differentiating it again is an error,
+    never zeros."""
 
     def setup(ctx, inputs, output):  # noqa: ANN001
         pass
 
     def backward(ctx, *grads):  # noqa: ANN001
         raise RuntimeError(
-            f"fastres::{name}: double backward is not supported (the gradient of a fused op's gradient). "
-            "Call fastres.revert(model), or leave this module out of convert, to differentiate twice."
+            f"fastres::{name}: double backward is not supported (the gradient of a fused op's "
+            f"gradient). "
+            "Call fastres.revert(model), or leave this module out of convert, to differentiate "
+            "twice."
         )
 
     return setup, backward

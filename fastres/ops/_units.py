@@ -1,7 +1,8 @@
 """What the ops are made of: allocation, one conv, one batch norm, each forward and backward.
 
-The `alloc_*` functions serve the real and the fake implementations alike, so that shapes and strides cannot differ.
-Statistics of a batch norm travel as one tensor (3, C): mean, biased variance, rstd."""
+The `alloc_*` functions serve the real and the fake implementations alike, so that shapes and
+strides cannot differ. Statistics of a batch norm travel as one tensor (3, C): mean, biased
+variance, rstd."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, counters
-from .._layout import is_dense, mask_shape
+from fastres import backends, counters
+from fastres._layout import is_dense, mask_shape
 
 GEOMETRY = 7  # ints of one conv: stride, padding, dilation (h, w each), groups
 
 
 class Shortcut(NamedTuple):
-    """What is added before the ReLU: a tensor as it is (norm None), or normalised by its own batch norm."""
+    """What is added before the ReLU: a tensor as it is (norm None), or normalised by its own batch
+    norm."""
 
     x: Tensor
     norm: Norm | None = None
@@ -137,11 +139,12 @@ def normalise(
     shortcut: Shortcut | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(z, mask) of z = act(norm(x) + shortcut); `out` may be x itself where x is not needed again."""
+    """(z, mask) of z = act(norm(x) + shortcut); `out` may be x itself where x is not needed
+    again."""
     z = torch.empty_like(x) if out is None else out
     mask = alloc_mask(x, save_mask)
     res, res_norm = (None, None) if shortcut is None else shortcut
-    res_vectors = (None,) * 4
+    res_vectors: tuple = (None,) * 4
     if res_norm is not None:
         res_vectors = (res_norm.mean, res_norm.rstd, res_norm.gamma, res_norm.beta)
     backends.select(x).bn_apply(

@@ -1,12 +1,14 @@
-"""z = relu(a + b): forward reads 2, writes 1 tensor and a bit mask; backward reads 1, writes 1. Sum in fp32."""
+"""z = relu(a + b): forward reads 2, writes 1 tensor and a bit mask; backward reads 1, writes 1. Sum
+in fp32."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import backends
-from .._layout import is_nhwc
+from fastres import backends
+from fastres._layout import is_nhwc
+
 from ._args import check_activation, check_like
 from ._library import define, refuse_double_backward
 from ._units import alloc_mask, dense, in_format, needs_grad
@@ -68,9 +70,10 @@ define(
 def add_relu(a: Tensor, b: Tensor) -> Tensor:
     """relu(a + b) in one pass: the end of a residual block (He et al. 2015, eq. 1 and figure 2).
 
-    a, b: (N, C, H, W), one dtype (float32, bfloat16, float16; float64 by the reference) and device, dense in channels_last or
-    contiguous; a b in another layout than a is copied, and counted in `fastres.report`. Returns z in a's layout.
-    Saves one bit an element for the backward. Raises TypeError or ValueError that names the argument."""
+    a, b: (N, C, H, W), one dtype (float32, bfloat16, float16; float64 by the reference) and device,
+    dense in channels_last or contiguous; a b in another layout than a is copied, and counted in
+    `fastres.report`. Returns z in a's layout. Saves one bit an element for the backward. Raises
+    TypeError or ValueError that names the argument."""
     check_activation("add_relu", "a", a)
     check_like("add_relu", "b", b, a, tuple(a.shape))
     return torch.ops.fastres.add_relu(a, b, needs_grad(a, b))[0]

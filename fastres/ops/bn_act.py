@@ -3,16 +3,18 @@
     mean, var of x over (N, H, W) when training, else the running ones; rstd = 1 / sqrt(var + eps)
     z = act((x - mean) * rstd * gamma + beta + s),  s = 0, a tensor, or its own batch norm's output
 
-Traffic, training: forward reads 2 (statistics, then normalise) + 1 of the shortcut, writes 1 and a bit mask; backward reads
-2 + 2 (sums, then apply), writes 1 (2 with a shortcut). Saved: x, statistics, mask; never the normalised copy.
-Accumulation in fp32. Source: Ioffe & Szegedy 2015, Alg. 1 and section 3."""
+Traffic, training: forward reads 2 (statistics, then normalise) + 1 of the shortcut, writes 1 and a
+bit mask; backward reads 2 + 2 (sums, then apply), writes 1 (2 with a shortcut). Saved: x,
+statistics, mask; never the normalised copy. Accumulation in fp32. Source: Ioffe & Szegedy 2015,
+Alg. 1 and section 3."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .._layout import is_nhwc
+from fastres._layout import is_nhwc
+
 from ._args import BatchNorm, check_activation, check_bn, check_like
 from ._library import define, refuse_double_backward
 from ._units import (
@@ -57,7 +59,11 @@ def _bn_act(
         residual = in_format(residual, is_nhwc(x), "bn_act")
         shortcut = Shortcut(residual)
         if res_gamma is not None:
-            assert res_beta is not None and res_running_mean is not None and res_running_var is not None
+            assert (
+                res_beta is not None
+                and res_running_mean is not None
+                and res_running_var is not None
+            )
             res_stats = bn_statistics(
                 residual, res_training, res_running_mean, res_running_var, res_eps
             )
@@ -69,8 +75,9 @@ def _bn_act(
     return z, mask, stats, res_stats
 
 
-def _bn_act_fake(x, gamma, beta, running_mean, running_var, training, eps, residual, res_gamma, res_beta,
-                 res_running_mean, res_running_var, res_training, res_eps, relu, save):  # fmt: skip
+def _bn_act_fake(x, gamma, beta, running_mean, running_var, training, eps, residual, res_gamma,
+                 res_beta, res_running_mean, res_running_var, res_training, res_eps, relu,
+                 save):  # fmt: skip
     x = dense(x, "bn_act")
     stats = alloc_stats(x)
     res_stats = alloc_stats(x) if res_gamma is not None else stats.new_empty((0, 0))
@@ -127,7 +134,24 @@ def _bn_act_bwd_fake(dz, mask, x, stats, gamma, beta, training, residual, res_st
 
 
 def _setup(ctx, inputs, output):
-    (x, gamma, beta, _, _, training, _, residual, res_gamma, res_beta, _, _, res_training, _, relu, save) = inputs
+    (
+        x,
+        gamma,
+        beta,
+        _,
+        _,
+        training,
+        _,
+        residual,
+        res_gamma,
+        res_beta,
+        _,
+        _,
+        res_training,
+        _,
+        relu,
+        save,
+    ) = inputs
     _, mask, stats, res_stats = output
     dual = res_gamma is not None
     ctx.mark_non_differentiable(mask, stats, res_stats)
@@ -158,15 +182,18 @@ def _backward(ctx, dz, *_):
 
 
 define(
-    "bn_act_bwd(Tensor dz, Tensor mask, Tensor x, Tensor stats, Tensor gamma, Tensor beta, bool training, "
-    "Tensor? residual, Tensor? res_stats, Tensor? res_gamma, bool res_training, bool relu, bool has_shortcut) "
+    "bn_act_bwd(Tensor dz, Tensor mask, Tensor x, Tensor stats, Tensor gamma, Tensor beta, bool "
+    "training, "
+    "Tensor? residual, Tensor? res_stats, Tensor? res_gamma, bool res_training, bool relu, bool "
+    "has_shortcut) "
     "-> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dres, Tensor res_dgamma)",
     _bn_act_bwd,
     _bn_act_bwd_fake,
     *refuse_double_backward("bn_act"),
 )
 define(
-    "bn_act(Tensor x, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, bool training, "
+    "bn_act(Tensor x, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, bool "
+    "training, "
     "float eps, Tensor? residual, Tensor? res_gamma, Tensor? res_beta, Tensor? res_running_mean, "
     "Tensor? res_running_var, bool res_training, float res_eps, bool relu, bool save) "
     "-> (Tensor z, Tensor mask, Tensor stats, Tensor res_stats)",
@@ -206,19 +233,18 @@ def _run(
         x, gamma, beta, mean, var, bn.training, bn.eps, residual, *res, relu, save
     )
     bns = [bn] if residual_bn is None else [bn, residual_bn]
-    update_running_stats(
-        bns, [stats, res_stats][: len(bns)], [x.numel() // shape[1]] * len(bns)
-    )
+    update_running_stats(bns, [stats, res_stats][: len(bns)], [x.numel() // shape[1]] * len(bns))
     return z
 
 
 def bn_relu(x: Tensor, bn: BatchNorm, relu: bool = True) -> Tensor:
     """relu(batch_norm(x)); `relu=False` leaves the activation out.
 
-    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or contiguous, both native.
-    bn: `BatchNorm`, per-channel vectors of C elements; its running statistics are updated in place when it is training.
-    Returns z of x's shape, dtype and layout. Raises ValueError or TypeError that names the argument; torch's own
-    ValueError for one value per channel in training. Source: Ioffe & Szegedy 2015, Alg. 1."""
+    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or
+    contiguous, both native. bn: `BatchNorm`, per-channel vectors of C elements; its running
+    statistics are updated in place when it is training. Returns z of x's shape, dtype and layout.
+    Raises ValueError or TypeError that names the argument; torch's own ValueError for one value per
+    channel in training. Source: Ioffe & Szegedy 2015, Alg. 1."""
     return _run("bn_relu", x, bn, None, None, relu)
 
 
@@ -231,7 +257,7 @@ def bn_add_relu(
 ) -> Tensor:
     """relu(batch_norm(x) + s): the end of a residual block (He et al. 2015, figure 2).
 
-    s = residual (identity shortcut), or batch_norm(residual) by `residual_bn` (projection shortcut).
-    x, residual: (N, C, H, W) of one dtype and device; a residual in another layout than x is copied, and counted in
-    `fastres.report`. Otherwise as `bn_relu`."""
+    s = residual (identity shortcut), or batch_norm(residual) by `residual_bn` (projection
+    shortcut). x, residual: (N, C, H, W) of one dtype and device; a residual in another layout than
+    x is copied, and counted in `fastres.report`. Otherwise as `bn_relu`."""
     return _run("bn_add_relu", x, bn, residual, residual_bn, relu)

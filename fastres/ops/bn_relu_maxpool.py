@@ -1,17 +1,19 @@
 """z = maxpool(relu(normalise(x))): the stem's tail in one pass, the ReLU'd tensor never written.
 
-Traffic for the ImageNet stem (kernel 3, stride 2), in units of x: forward reads 2 (statistics, then normalise), writes 1/4 and
-one byte a pooled element; backward reads 2 * (1 + 1/4) and writes 1. Eager also writes and reads the normalised and the
-ReLU'd tensor, and 8-byte indices. Saved: x, statistics, the byte of each pooled element.
-Source: He et al. 2015, table 1 (conv1, 3x3 max pool, stride 2)."""
+Traffic for the ImageNet stem (kernel 3, stride 2), in units of x: forward reads 2 (statistics, then
+normalise), writes 1/4 and one byte a pooled element; backward reads 2 * (1 + 1/4) and writes 1.
+Eager also writes and reads the normalised and the ReLU'd tensor, and 8-byte indices. Saved: x,
+statistics, the byte of each pooled element. Source: He et al. 2015, table 1 (conv1, 3x3 max pool,
+stride 2)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import backends
-from .._layout import is_nhwc
+from fastres import backends
+from fastres._layout import is_nhwc
+
 from ._args import BatchNorm, check_activation, check_bn
 from ._library import define, refuse_double_backward
 from ._units import (
@@ -20,7 +22,6 @@ from ._units import (
     bn_statistics,
     dense,
     in_format,
-    needs_grad,
     vector,
 )
 from .running_stats import update_running_stats
@@ -113,7 +114,8 @@ def _backward(ctx, dz, *_):
 
 
 define(
-    "bn_relu_maxpool_bwd(Tensor dz, Tensor index, Tensor x, Tensor stats, Tensor gamma, bool training, "
+    "bn_relu_maxpool_bwd(Tensor dz, Tensor index, Tensor x, Tensor stats, Tensor gamma, bool "
+    "training, "
     "int kernel, int stride, int padding) -> (Tensor dx, Tensor dgamma, Tensor dbeta)",
     _bwd,
     _bwd_fake,
@@ -135,15 +137,17 @@ def bn_relu_maxpool(
 ) -> Tensor:
     """max_pool2d(relu(batch_norm(x)), kernel, stride, padding), floor mode, dilation 1.
 
-    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or contiguous.
-    kernel <= 15, padding <= kernel / 2. Returns (N, C, (H + 2 * padding - kernel) // stride + 1, ...) in x's layout.
-    Running statistics are updated in place when bn is training. Ties and NaN as in torch: the first maximum takes the
-    gradient, a NaN wins. Raises ValueError or TypeError that names the argument."""
+    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or
+    contiguous. kernel <= 15, padding <= kernel / 2. Returns (N, C, (H + 2 * padding - kernel) //
+    stride + 1, ...) in x's layout. Running statistics are updated in place when bn is training.
+    Ties and NaN as in torch: the first maximum takes the gradient, a NaN wins. Raises ValueError or
+    TypeError that names the argument."""
     op = "bn_relu_maxpool"
     check_activation(op, "x", x)
     if not (1 <= kernel <= MAX_KERNEL and stride >= 1 and 0 <= padding <= kernel // 2):
         raise ValueError(
-            f"{op}: kernel={kernel}, stride={stride}, padding={padding}; accepted: 1 <= kernel <= {MAX_KERNEL}, "
+            f"{op}: kernel={kernel}, stride={stride}, padding={padding}; accepted: 1 <= kernel "
+            f"<= {MAX_KERNEL}, "
             "stride >= 1, 0 <= padding <= kernel // 2"
         )
     shape = tuple(x.shape)

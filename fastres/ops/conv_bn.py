@@ -1,7 +1,8 @@
 """conv_bn, conv_bn_relu and conv_bn_add_relu: y = conv(x); z = act(bn(y) + s), one autograd node.
 
-s = 0, a tensor, or its own batch norm's output (see bn_act). Saved: x, the raw conv output y, (mean, var, rstd), a bit mask.
-Traffic beyond the conv: forward reads y twice and writes z; backward reads dz and y twice and writes dy once."""
+s = 0, a tensor, or its own batch norm's output (see bn_act). Saved: x, the raw conv output y,
+(mean, var, rstd), a bit mask. Traffic beyond the conv: forward reads y twice and writes z; backward
+reads dz and y twice and writes dy once."""
 
 from __future__ import annotations
 
@@ -52,9 +53,9 @@ def _conv_bn_act(
     return z, mask, y if save else y.new_empty(0), stats, res_stats
 
 
-def _conv_bn_act_fake(x, weight, bias, geometry, gamma, beta, running_mean, running_var, training, eps,
-                      residual, res_gamma, res_beta, res_running_mean, res_running_var, res_training,
-                      res_eps, relu, save):  # fmt: skip
+def _conv_bn_act_fake(x, weight, bias, geometry, gamma, beta, running_mean, running_var, training,
+                      eps, residual, res_gamma, res_beta, res_running_mean, res_running_var,
+                      res_training, res_eps, relu, save):  # fmt: skip
     y = dense(conv_fwd(dense(x, "conv_bn"), weight, bias, geometry), "conv_bn conv output")
     stats = alloc_stats(y)
     res_stats = alloc_stats(y) if res_gamma is not None else stats.new_empty((0, 0))
@@ -109,7 +110,9 @@ def _conv_bn_act_bwd(
 def _conv_bn_act_bwd_fake(dz, mask, x, weight, geometry, y, stats, gamma, beta, training, residual,
                           res_stats, res_gamma, res_training, relu, has_shortcut, need_dx, need_dw,
                           need_db):  # fmt: skip
-    dx, dw = conv_bwd(torch.empty_like(y), dense(x, "conv_bn backward"), weight, geometry, need_dx, need_dw)
+    dx, dw = conv_bwd(
+        torch.empty_like(y), dense(x, "conv_bn backward"), weight, geometry, need_dx, need_dw
+    )
     db, dgamma, dbeta, res_dgamma = alloc_vectors(y, 4)
     none = stats.new_empty(0)
     return (
@@ -124,8 +127,8 @@ def _conv_bn_act_bwd_fake(dz, mask, x, weight, geometry, y, stats, gamma, beta, 
 
 
 def _setup(ctx, inputs, output):
-    (x, weight, bias, ctx.geometry, gamma, beta, _, _, ctx.training, _, residual, res_gamma, res_beta,
-     _, _, ctx.res_training, _, ctx.relu, ctx.save) = inputs  # fmt: skip
+    (x, weight, bias, ctx.geometry, gamma, beta, _, _, ctx.training, _, residual, res_gamma,
+     res_beta, _, _, ctx.res_training, _, ctx.relu, ctx.save) = inputs  # fmt: skip
     _, mask, y, stats, res_stats = output
     dual = res_gamma is not None
     ctx.has_shortcut = residual is not None
@@ -140,7 +143,9 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dz, *_):
     if not ctx.save:
         raise RuntimeError("fastres::conv_bn_act was called with save=False; it has no backward")
-    mask, x, weight, y, stats, gamma, beta, residual, res_stats, res_gamma, res_beta = ctx.saved_tensors
+    mask, x, weight, y, stats, gamma, beta, residual, res_stats, res_gamma, res_beta = (
+        ctx.saved_tensors
+    )
     need_x, need_w, need_b = ctx.needs_input_grad[:3]
     dx, dw, db, dgamma, dbeta, dres, res_dgamma = torch.ops.fastres.conv_bn_act_bwd(
         dz, mask, x, weight, ctx.geometry, y, stats, gamma, beta, ctx.training, residual, res_stats,
@@ -160,18 +165,23 @@ def _backward(ctx, dz, *_):
 
 
 define(
-    "conv_bn_act_bwd(Tensor dz, Tensor mask, Tensor x, Tensor weight, int[] geometry, Tensor y, Tensor stats, "
-    "Tensor gamma, Tensor beta, bool training, Tensor? residual, Tensor? res_stats, Tensor? res_gamma, "
+    "conv_bn_act_bwd(Tensor dz, Tensor mask, Tensor x, Tensor weight, int[] geometry, Tensor y, "
+    "Tensor stats, "
+    "Tensor gamma, Tensor beta, bool training, Tensor? residual, Tensor? res_stats, Tensor? "
+    "res_gamma, "
     "bool res_training, bool relu, bool has_shortcut, bool need_dx, bool need_dw, bool need_db) "
-    "-> (Tensor dx, Tensor dw, Tensor db, Tensor dgamma, Tensor dbeta, Tensor dres, Tensor res_dgamma)",
+    "-> (Tensor dx, Tensor dw, Tensor db, Tensor dgamma, Tensor dbeta, Tensor dres, Tensor "
+    "res_dgamma)",
     _conv_bn_act_bwd,
     _conv_bn_act_bwd_fake,
     *refuse_double_backward("conv_bn_act"),
 )
 define(
     "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, int[] geometry, Tensor gamma, Tensor beta, "
-    "Tensor running_mean, Tensor running_var, bool training, float eps, Tensor? residual, Tensor? res_gamma, "
-    "Tensor? res_beta, Tensor? res_running_mean, Tensor? res_running_var, bool res_training, float res_eps, "
+    "Tensor running_mean, Tensor running_var, bool training, float eps, Tensor? residual, "
+    "Tensor? res_gamma, "
+    "Tensor? res_beta, Tensor? res_running_mean, Tensor? res_running_var, bool res_training, "
+    "float res_eps, "
     "bool relu, bool save) -> (Tensor z, Tensor mask, Tensor y, Tensor stats, Tensor res_stats)",
     _conv_bn_act,
     _conv_bn_act_fake,
@@ -224,11 +234,12 @@ def conv_bn(x: Tensor, conv: Conv, bn: BatchNorm) -> Tensor:
 def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm) -> Tensor:
     """relu(batch_norm(conv2d(x))).
 
-    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or contiguous.
-    conv: weight (K, C / groups, R, S), used in x's dtype; bn: vectors of K elements, its running statistics updated in place when
-    training. Returns (N, K, H', W') in the conv's output layout. Raises ValueError or TypeError that names the
-    argument before anything is computed; torch's own ValueError for one value per channel in training.
-    Source: Ioffe & Szegedy 2015, section 3.2; He et al. 2015, section 3.4 (BN after each conv, before activation)."""
+    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or
+    contiguous. conv: weight (K, C / groups, R, S), used in x's dtype; bn: vectors of K elements,
+    its running statistics updated in place when training. Returns (N, K, H', W') in the conv's
+    output layout. Raises ValueError or TypeError that names the argument before anything is
+    computed; torch's own ValueError for one value per channel in training. Source: Ioffe & Szegedy
+    2015, section 3.2; He et al. 2015, section 3.4 (BN after each conv, before activation)."""
     return _run("conv_bn_relu", x, conv, bn, None, None, True)
 
 

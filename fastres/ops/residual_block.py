@@ -3,13 +3,14 @@
     h_0 = x;   y_i = conv_i(h_{i-1});   h_i = relu(bn_i(y_i)), i < K
     z = relu(bn_K(y_K) + s),   s = x, or bn_s(conv_s(x))
 
-K = 2 is the basic block, K = 3 the bottleneck; any K >= 1 works. Saved for the backward: x, the raw conv outputs y_i, (mean, var,
-rstd) a batch norm, one bit an element of z. The normalised h_i are recomputed in the backward, one read and one write each, which
-is what brings saved bytes of a ResNet-50 below 0.8 of eager's.
+K = 2 is the basic block, K = 3 the bottleneck; any K >= 1 works. Saved for the backward: x, the raw
+conv outputs y_i, (mean, var, rstd) a batch norm, one bit an element of z. The normalised h_i are
+recomputed in the backward, one read and one write each, which is what brings saved bytes of a
+ResNet-50 below 0.8 of eager's.
 
-Traffic beyond the convs, per tensor: forward reads y twice (statistics, normalise), writes h or z once; backward reads dz and y
-twice, writes dy once over dz, and one extra pass recomputes h. An identity shortcut's gradient is added to the first conv's
-in one in-place pass under the mask."""
+Traffic beyond the convs, per tensor: forward reads y twice (statistics, normalise), writes h or z
+once; backward reads dz and y twice, writes dy once over dz, and one extra pass recomputes h. An
+identity shortcut's gradient is added to the first conv's in one in-place pass under the mask."""
 
 from __future__ import annotations
 
@@ -18,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
-from .._layout import is_nhwc
+from fastres import backends
+from fastres._layout import is_nhwc
+
 from ._args import BatchNorm, Conv, check_activation, check_bn, check_conv, conv_out_shape
 from ._library import define, refuse_double_backward
 from ._units import (
@@ -73,7 +75,9 @@ def _residual_block(
     stats: list[Tensor] = []
 
     def conv_unit(i: int, h: Tensor) -> tuple[Tensor, Norm]:
-        y = dense(conv_fwd(h, weights[i], None, _geometry(geometry, i)), "residual_block conv output")
+        y = dense(
+            conv_fwd(h, weights[i], None, _geometry(geometry, i)), "residual_block conv output"
+        )
         st = bn_statistics(y, training[i], running_means[i], running_vars[i], eps[i])
         ys.append(y)
         stats.append(st)
@@ -97,7 +101,17 @@ def _residual_block(
 
 
 def _residual_block_fake(
-    x, weights, gammas, betas, running_means, running_vars, geometry, training, eps, projection, save
+    x,
+    weights,
+    gammas,
+    betas,
+    running_means,
+    running_vars,
+    geometry,
+    training,
+    eps,
+    projection,
+    save,
 ):
     x = dense(x, "residual_block")
     main = len(weights) - projection
@@ -185,9 +199,7 @@ def _residual_block_bwd_fake(
     dws = []
     for i, w in enumerate(weights):
         h = ys[i - 1] if 0 < i < main else x
-        dh, dw = conv_bwd(
-            ys[i], h, w, _geometry(geometry, i), need_dx and i == 0, need_dw[i]
-        )
+        dh, dw = conv_bwd(ys[i], h, w, _geometry(geometry, i), need_dx and i == 0, need_dw[i])
         dx = dh if dh is not None else dx
         dws.append(none.clone() if dw is None else dw)
     vectors = [alloc_vectors(y, 2) for y in ys]
@@ -200,7 +212,9 @@ def _residual_block_bwd_fake(
 
 
 def _setup(ctx, inputs, output):
-    x, weights, gammas, betas, _, _, ctx.geometry, ctx.training, _, ctx.projection, ctx.save = inputs
+    x, weights, gammas, betas, _, _, ctx.geometry, ctx.training, _, ctx.projection, ctx.save = (
+        inputs
+    )
     _, mask, ys, stats = output
     ctx.units = len(weights)
     ctx.mark_non_differentiable(mask, *ys, *stats)
@@ -228,7 +242,8 @@ def _backward(ctx, dz, *_):
 
 
 define(
-    "residual_block_bwd(Tensor dz, Tensor mask, Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, "
+    "residual_block_bwd(Tensor dz, Tensor mask, Tensor x, Tensor[] weights, Tensor[] gammas, "
+    "Tensor[] betas, "
     "Tensor[] ys, Tensor[] stats, int[] geometry, bool[] training, bool projection, bool need_dx, "
     "bool[] need_dw) -> (Tensor dx, Tensor[] dweights, Tensor[] dgammas, Tensor[] dbetas)",
     _residual_block_bwd,
@@ -236,8 +251,10 @@ define(
     *refuse_double_backward("residual_block"),
 )
 define(
-    "residual_block(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] running_means, "
-    "Tensor[] running_vars, int[] geometry, bool[] training, float[] eps, bool projection, bool save) "
+    "residual_block(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] "
+    "running_means, "
+    "Tensor[] running_vars, int[] geometry, bool[] training, float[] eps, bool projection, bool "
+    "save) "
     "-> (Tensor z, Tensor mask, Tensor[] ys, Tensor[] stats)",
     _residual_block,
     _residual_block_fake,
@@ -247,13 +264,15 @@ define(
 
 
 def residual_block(x: Tensor, units: list[Unit], shortcut: Unit | None = None) -> Tensor:
-    """relu(bn_K(conv_K(... relu(bn_1(conv_1(x))))) + s), s = x or bn_s(conv_s(x)): one autograd node.
+    """relu(bn_K(conv_K(... relu(bn_1(conv_1(x))))) + s), s = x or bn_s(conv_s(x)): one autograd
+    node.
 
-    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or contiguous.
-    units: the K >= 1 convs (without bias) with their batch norms; weights of another dtype are used in x's.
-    shortcut: the projection's conv and batch norm; None for the identity, which needs the output to have x's shape.
-    Running statistics of training batch norms are updated in place. Returns z in the convs' output layout.
-    Raises ValueError or TypeError that names the argument, before anything is computed."""
+    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or
+    contiguous. units: the K >= 1 convs (without bias) with their batch norms; weights of another
+    dtype are used in x's. shortcut: the projection's conv and batch norm; None for the identity,
+    which needs the output to have x's shape. Running statistics of training batch norms are updated
+    in place. Returns z in the convs' output layout. Raises ValueError or TypeError that names the
+    argument, before anything is computed."""
     op = "residual_block"
     check_activation(op, "x", x)
     if not units:
@@ -270,7 +289,8 @@ def residual_block(x: Tensor, units: list[Unit], shortcut: Unit | None = None) -
             raise ValueError(f"{op}: the shortcut gives {short}, the main branch {shape}")
     elif shape != tuple(x.shape):
         raise ValueError(
-            f"{op}: an identity shortcut needs the block to keep x's shape {tuple(x.shape)}, but it gives {shape}; "
+            f"{op}: an identity shortcut needs the block to keep x's shape {tuple(x.shape)}, but "
+            f"it gives {shape}; "
             "pass shortcut=Unit(conv, bn)"
         )
     every = [*units, shortcut] if shortcut is not None else list(units)

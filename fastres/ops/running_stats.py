@@ -1,8 +1,9 @@
 """running = (1 - momentum) * running + momentum * batch, the variance unbiased (var * M / (M - 1)).
 
-Shapes: each entry a (C,) vector, updated in place in its own dtype. The fused ops are functional and return the batch
-statistics; this one op applies them, so that torch.compile and torch.export see the mutation. Source: Ioffe & Szegedy
-2015, Alg. 2; the rounding is torch.nn.functional.batch_norm's."""
+Shapes: each entry a (C,) vector, updated in place in its own dtype. The fused ops are functional
+and return the batch statistics; this one op applies them, so that torch.compile and torch.export
+see the mutation. Source: Ioffe & Szegedy 2015, Alg. 2; the rounding is
+torch.nn.functional.batch_norm's."""
 
 from __future__ import annotations
 
