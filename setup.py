@@ -1,4 +1,4 @@
-"""Builds fastres._C with CMake + Ninja. Never imports torch: the wheel does not depend on its version.
+"""Builds fastres._C with CMake + Ninja. Never imports torch: a wheel fits every torch.
 
 Everything declarative is in pyproject.toml. Here: the native build, its incremental folder
 (build/native-*, so that a second `pip install -e .` takes seconds), and a loud summary.

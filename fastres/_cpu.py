@@ -1,7 +1,8 @@
 """The `cpu` backend: the functions of docs/kernels.md on the C++ kernels of fastres._C.
 
-Addresses and sizes only. Nothing is checked here (fastres/ops does) and nothing is allocated. The C++ functions
-release the GIL, run on torch's thread pool and give the same bits for any number of threads."""
+Addresses and sizes only. Nothing is checked here (fastres/ops does) and nothing is allocated.
+The C++ functions release the GIL, run on torch's thread pool and give the same bits for any number
+of threads."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def bn_apply(
 
 
 def bn_bwd_reduce(
-    dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta, residual, res_mean, res_rstd, gate
+    dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta,
+    residual, res_mean, res_rstd, gate,
 ):  # fmt: skip
     """dbeta = sum g, dgamma = sum g * xhat, res_dgamma = sum g * res_xhat."""
     _C.bn_bwd_reduce(
@@ -67,7 +69,7 @@ def bn_bwd_apply(
     dx, dres, dz, mask, x, mean, rstd, gamma, beta, dgamma, dbeta,
     residual, res_mean, res_rstd, res_gamma, res_dgamma, gate, training, res_training,
 ):  # fmt: skip
-    """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M); frozen: gamma * rstd * g. dres likewise, or g."""
+    """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M), or gamma * rstd * g; dres likewise, or g."""
     _C.bn_bwd_apply(
         dx.data_ptr(), _ptr(dres), dz.data_ptr(), _ptr(mask), x.data_ptr(), _ptr(mean), _ptr(rstd),
         _ptr(gamma), _ptr(beta), _ptr(dgamma), _ptr(dbeta), _ptr(residual), _ptr(res_mean),

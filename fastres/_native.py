@@ -1,6 +1,6 @@
 """Loads fastres._C, the C++ kernels, and gives it torch's thread pool; says why not when it cannot.
 
-`why_missing()` is None when the kernels run. `serial_reason()` is None when they run on torch's threads."""
+`why_missing()` is None when the kernels run, `serial_reason()` when they run on torch's threads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """What the kernel tests share: backends, cases, inputs, poisoned outputs, the error criterion.
 
-A test compares a backend's out-variant (docs/kernels.md) with `fastres.reference` in float64. Its error may
-be twice that of eager PyTorch doing the same maths in the same dtype, plus a floor from TOLERANCES."""
+A test compares a backend's out-variant (docs/kernels.md) with `fastres.reference` in float64. Its
+error may be twice that of eager PyTorch doing the same maths in the same dtype, plus a floor from
+TOLERANCES."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ struct AddReluBody {
 
   template <class L>
   FASTRES_INLINE void operator()(int64_t off, int64_t moff, const VF*, L lanes) const {
-    const VF v = round_to<T>(add(load(a + off, lanes), load(b + off, lanes)));
-    const VM m = passes(v);
-    store_rounded(z + off, keep(m, v), lanes);
+    const VF v = add(load(a + off, lanes), load(b + off, lanes));
+    const VM m = passes_stored<T>(v);
+    store_kept(z + off, m, v, lanes);
     if constexpr (MASK) store_bits(mask + moff, m, lanes);
   }
 };

@@ -18,6 +18,10 @@ struct ApplyBody {
   const T* x;
   const T* residual;
 
+  FASTRES_INLINE void prefetch(int64_t off) const {
+    fetch(x + off);
+    if constexpr (RES != kNoResidual) fetch(residual + off);
+  }
   template <class L>
   FASTRES_INLINE void operator()(int64_t off, int64_t moff, const VF* q, L lanes) const {
     // 1. normalise
@@ -31,9 +35,8 @@ struct ApplyBody {
     if constexpr (ACT == kLinear) {
       store(z + off, v, lanes);
     } else {
-      v = round_to<T>(v);
-      const VM m = passes(v);
-      store_rounded(z + off, keep(m, v), lanes);
+      const VM m = passes_stored<T>(v);
+      store_kept(z + off, m, v, lanes);
       if constexpr (ACT == kReluMask) store_bits(mask + moff, m, lanes);
     }
   }

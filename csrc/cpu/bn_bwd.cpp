@@ -18,7 +18,7 @@ FASTRES_INLINE VF gated(const T* dz, const uint8_t* mask, VF x, const VF* q, L l
   if constexpr (GATE == kGateMask) return keep(load_bits(mask, lanes), g);
   if constexpr (GATE == kGateRecompute) {
     // exactly bn_apply's z: same operations, same rounding
-    return keep(passes(round_to<T>(normalise(x, q[0], q[1], q[2]))), g);
+    return keep(passes_stored<T>(normalise(x, q[0], q[1], q[2])), g);
   }
   return g;
 }
@@ -32,13 +32,17 @@ struct ReduceBody {
   static constexpr int kGatePar =
       GATE == kGateRecompute ? 3 : 1;  // mean alone, or all of normalise
   static constexpr int kPar = kGatePar + (RES ? 1 : 0);
-  static constexpr int kRows = 4;
   static constexpr bool kPivot = false;
   const T* dz;
   const uint8_t* mask;
   const T* x;
   const T* residual;
 
+  FASTRES_INLINE void prefetch(int64_t off) const {
+    fetch(dz + off);
+    fetch(x + off);
+    if constexpr (RES) fetch(residual + off);
+  }
   template <class L>
   FASTRES_INLINE void operator()(VF* acc, const VF* q, int64_t off, int64_t moff, L lanes) const {
     const VF xv = load(x + off, lanes);
@@ -115,6 +119,11 @@ struct DxBody {
   const T* x;
   const T* residual;
 
+  FASTRES_INLINE void prefetch(int64_t off) const {
+    fetch(dz + off);
+    if constexpr (TRAINING || GATE == kGateRecompute) fetch(x + off);
+    if constexpr (DRES == kDresNormalised && RES_TRAINING) fetch(residual + off);
+  }
   template <class L>
   FASTRES_INLINE void operator()(int64_t off, int64_t moff, const VF* q, L lanes) const {
     // 1. g
@@ -145,12 +154,13 @@ void fill_affine(const Params& par, int at, const float* mean, const float* rstd
                  double count) {
   par.copy(at, mean, 0.0f);
   par.scale(at + 1, gamma, rstd);
+  const float inv = static_cast<float>(1.0 / count);
   float* b = par[at + 2];
   float* k = par[at + 3];
   for (int64_t c = 0; c < par.c; ++c) {
     const float r = rstd != nullptr ? rstd[c] : 1.0f;
-    b[c] = training ? static_cast<float>(dbeta[c] / count) : 0.0f;
-    k[c] = training ? static_cast<float>(r * (dgamma[c] / count)) : 0.0f;
+    b[c] = training ? dbeta[c] * inv : 0.0f;
+    k[c] = training ? dgamma[c] * inv * r : 0.0f;
   }
 }
 

@@ -12,10 +12,11 @@ namespace {
 // Taken relative to the very first value, so that a constant channel has variance 0 exactly.
 template <class T>
 struct StatsBody {
-  static constexpr int kAcc = 2, kPar = 1, kRows = 8;
+  static constexpr int kAcc = 2, kPar = 1;
   static constexpr bool kPivot = true;
   const T* x;
 
+  FASTRES_INLINE void prefetch(int64_t off) const { fetch(x + off); }
   template <class L>
   FASTRES_INLINE void operator()(VF* acc, const VF* q, int64_t off, int64_t, L lanes) const {
     const VF d = keep_lanes(sub(load(x + off, lanes), q[0]), lanes);

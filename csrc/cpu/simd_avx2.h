@@ -31,6 +31,7 @@ FASTRES_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 FASTRES_INLINE VF fnma(VF a, VF b, VF c) { return _mm256_fnmadd_ps(a, b, c); }
 
 FASTRES_INLINE VM passes(VF v) { return {_mm256_cmp_ps(v, zero(), _CMP_NLE_UQ)}; }
+FASTRES_INLINE VM passes_above(VF v, float t) { return {_mm256_cmp_ps(v, splat(t), _CMP_NLE_UQ)}; }
 FASTRES_INLINE VM greater_or_nan(VF v, VF best) {
   return {_mm256_or_ps(_mm256_cmp_ps(v, best, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q))};
 }
@@ -115,6 +116,11 @@ FASTRES_INLINE void store_rounded(T* p, VF v, Full) {
 template <class T>
 FASTRES_INLINE void store_rounded(T* p, VF v, Tail t) {
   store(p, v, t);
+}
+
+template <class T, class L>
+FASTRES_INLINE void store_kept(T* p, VM m, VF v, L lanes) {
+  store(p, keep(m, v), lanes);
 }
 
 // 5. mask bits and pool indices

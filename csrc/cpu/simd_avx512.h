@@ -26,6 +26,9 @@ FASTRES_INLINE VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 FASTRES_INLINE VF fnma(VF a, VF b, VF c) { return _mm512_fnmadd_ps(a, b, c); }
 
 FASTRES_INLINE VM passes(VF v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }
+FASTRES_INLINE VM passes_above(VF v, float t) {
+  return _mm512_cmp_ps_mask(v, splat(t), _CMP_NLE_UQ);
+}
 FASTRES_INLINE VM greater_or_nan(VF v, VF best) {
   return _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
 }
@@ -46,8 +49,9 @@ FASTRES_INLINE VF widen(__m256i h, const BF16*) {
 }
 FASTRES_INLINE __m512i bf16_round_bits(VF v) {
   const __m512i u = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  const __m512i down = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  const __m512i up = _mm512_mask_add_epi32(down, odd, down, _mm512_set1_epi32(1));
   // rounding could carry a NaN's mantissa into infinity: quieten it instead
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return _mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000));
@@ -100,6 +104,20 @@ FASTRES_INLINE void store_rounded(T* p, VF v, Full) {
 template <class T>
 FASTRES_INLINE void store_rounded(T* p, VF v, Tail t) {
   _mm256_mask_storeu_epi16(p, t.m, narrow_rounded(v, p));
+}
+
+FASTRES_INLINE void store_kept(float* p, VM m, VF v, Full lanes) { store(p, keep(m, v), lanes); }
+FASTRES_INLINE void store_kept(BF16* p, VM m, VF v, Full) {
+  const __m512i top = _mm512_srli_epi32(bf16_round_bits(v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(m, top));
+}
+FASTRES_INLINE void store_kept(F16* p, VM m, VF v, Full) {
+  const __m256i h = _mm512_maskz_cvtps_ph(m, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+}
+template <class T>
+FASTRES_INLINE void store_kept(T* p, VM m, VF v, Tail lanes) {
+  store(p, keep(m, v), lanes);
 }
 
 // 5. mask bits and pool indices

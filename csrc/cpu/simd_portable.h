@@ -30,6 +30,7 @@ FASTRES_INLINE VF fma(VF a, VF b, VF c) { return a * b + c; }
 FASTRES_INLINE VF fnma(VF a, VF b, VF c) { return c - a * b; }
 
 FASTRES_INLINE VM passes(VF v) { return {~(v <= zero())}; }
+FASTRES_INLINE VM passes_above(VF v, float t) { return {~(v <= splat(t))}; }
 FASTRES_INLINE VM greater_or_nan(VF v, VF best) { return {(v > best) | (v != v)}; }
 FASTRES_INLINE VF select(VM m, VF yes, VF no) { return (VF)((m.v & (VI)yes) | (~m.v & (VI)no)); }
 FASTRES_INLINE VF keep(VM m, VF v) { return (VF)(m.v & (VI)v); }
@@ -131,6 +132,11 @@ FASTRES_INLINE void store_rounded(T* p, VF v, Full) {
 template <class T>
 FASTRES_INLINE void store_rounded(T* p, VF v, Tail t) {
   store(p, v, t);
+}
+
+template <class T, class L>
+FASTRES_INLINE void store_kept(T* p, VM m, VF v, L lanes) {
+  store(p, keep(m, v), lanes);
 }
 
 // 4. mask bits and pool indices
