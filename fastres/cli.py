@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -12,6 +13,7 @@ from fastres.bench.options import MODELS, UsageError, add_arguments, check_model
 
 USAGE = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +67,12 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> int:
     options = options_from(args)
     from fastres.bench.main import run
 
-    return run(options, argv)
+    # As an exception, SIGTERM lets the run end its workers and remove its temporary files.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+    try:
+        return run(options, argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(args: argparse.Namespace, argv: list[str]) -> int:

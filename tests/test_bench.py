@@ -493,11 +493,15 @@ def test_wrong_numbers_fail_before_timing(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupt_ends_the_workers(tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_ends_the_workers_and_leaves_no_file(tmp_path, number, code):
     argv = "bench resnet18 --size 64 --batch 2 --no-compile --device cpu --rounds 100000"
+    argv += " --dtype fp32 --mode inference"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "fastres.cli", *argv.split()],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     killer = threading.Timer(240, process.kill)
@@ -508,13 +512,13 @@ def test_interrupt_ends_the_workers(tmp_path):
             break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 3  # eager, eager+malloc, fastres
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     killer.cancel()
-    assert process.returncode == 130, err
-    assert err.strip().splitlines()[-1] == "fastres: interrupted" and "Traceback" not in err
+    assert process.returncode == code, err
+    assert ("fastres: interrupted" in err) == (number == signal.SIGINT) and "Traceback" not in err
     assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [scratch] and list(scratch.glob("fastres*")) == []
 
 
 def test_options_survive_the_way_to_a_worker():
