@@ -501,7 +501,8 @@ def test_interrupt_ends_the_workers_and_leaves_no_file(tmp_path, number, code):
     scratch.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "fastres.cli", *argv.split()],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}, text=True,
+        cwd=tmp_path, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     killer = threading.Timer(240, process.kill)
