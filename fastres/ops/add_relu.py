@@ -39,6 +39,7 @@ def _relu_bwd_fake(dz: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     z, mask = output
     ctx.channels_last = is_nhwc(z)
     ctx.save_for_backward(mask)

@@ -134,6 +134,7 @@ def _bn_act_bwd_fake(dz, mask, x, stats, gamma, beta, training, residual, res_st
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     (
         x,
         gamma,

@@ -98,6 +98,7 @@ def _bwd_fake(dz, index, x, stats, gamma, training, kernel, stride, padding):
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     x, gamma, beta, _, _, ctx.training, _, *ctx.pool = inputs
     _, index, stats = output
     ctx.beta_dtype = beta.dtype

@@ -127,6 +127,7 @@ def _conv_bn_act_bwd_fake(dz, mask, x, weight, geometry, y, stats, gamma, beta, 
 
 
 def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     (x, weight, bias, ctx.geometry, gamma, beta, _, _, ctx.training, _, residual, res_gamma,
      res_beta, _, _, ctx.res_training, _, ctx.relu, ctx.save) = inputs  # fmt: skip
     _, mask, y, stats, res_stats = output
