@@ -1,11 +1,12 @@
-"""GB/s of every CPU kernel on ResNet-50 block shapes, next to a parallel memcpy on the same threads.
+"""GB/s of every CPU kernel on ResNet-50 block shapes, next to memcpy on the same threads.
 
     python bench/cpu_kernels.py [--batch 8] [--threads 2] [--json FILE] [--dtypes fp32,bf16]
 
-Bytes are what the formula must move: tensors read and written once, plus 1 bit an element for a mask. Buffers
-rotate, so that together they exceed the last-level cache; the copy moves as many bytes as the kernel and
-rotates likewise. Calls of kernel and copy are timed one by one and alternate; the best of each
-counts (the median, in the JSON, says the same on an idle machine and nothing on a shared one)."""
+Bytes are what the formula must move: tensors read and written once, plus 1 bit an element for a
+mask. Buffers rotate, so that together they exceed the last-level cache; the copy moves as many
+bytes as the kernel and rotates likewise. Calls of kernel and copy are timed one by one and
+alternate; the best of each counts (the median, in the JSON, says the same on an idle machine and
+nothing on a shared one)."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def kernels(stem: bool):
             lambda b: k.bn_apply(b.out, b.mask, b.x, *b.v[:4], b.r, *b.v[4:8], True), 3, 1, 0, 0),
         "bwd_reduce recompute": (
             lambda b: k.bn_bwd_reduce(
-                b.v[4], b.v[5], None, b.dz, None, b.x, *b.v[:4], *none5[:3], "recompute"), 2, 0, 0, 0),
+                b.v[4], b.v[5], None, b.dz, None, b.x, *b.v[:4], *none5[:3], "recompute"),
+            2, 0, 0, 0),
         "bwd_reduce mask": (
             lambda b: k.bn_bwd_reduce(
                 b.v[4], b.v[5], None, b.dz, b.mask, b.x, *b.v[:4], *none5[:3], "mask"), 2, 1, 0, 0),
@@ -78,13 +80,15 @@ def kernels(stem: bool):
             3, 1, 0, 0),
         "bwd_apply recompute": (
             lambda b: k.bn_bwd_apply(
-                b.out, None, b.dz, None, b.x, *b.v[:6], *none5, "recompute", True, False), 3, 0, 0, 0),
+                b.out, None, b.dz, None, b.x, *b.v[:6], *none5, "recompute", True, False),
+            3, 0, 0, 0),
         "bwd_apply mask": (
             lambda b: k.bn_bwd_apply(
                 b.out, None, b.dz, b.mask, b.x, *b.v[:6], *none5, "mask", True, False), 3, 1, 0, 0),
         "bwd_apply mask dres": (
             lambda b: k.bn_bwd_apply(
-                b.out, b.out2, b.dz, b.mask, b.x, *b.v[:6], *none5, "mask", True, False), 4, 1, 0, 0),
+                b.out, b.out2, b.dz, b.mask, b.x, *b.v[:6], *none5, "mask", True, False),
+            4, 1, 0, 0),
         "bwd_apply mask dual": (
             lambda b: k.bn_bwd_apply(
                 b.out, b.out2, b.dz, b.mask, b.x, *b.v[:6], b.r, *b.v[6:10], "mask", True, True),
@@ -162,7 +166,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shapes = [tuple(map(int, s.split("x"))) for s in args.shapes.split(",") if s]
     print(f"isa {k._C.isa()}, {args.threads} threads, call overhead {overhead_us():.1f} us")
-    print(f"{'shape':>16} {'dtype':>5} {'kernel':<22} {'us':>8} {'GB/s':>6} {'copy':>6} {'ratio':>6}")
+    head = f"{'shape':>16} {'dtype':>5} {'kernel':<22} {'us':>8}"
+    print(head, f"{'GB/s':>6} {'copy':>6} {'ratio':>6}")
     results = []
     chosen = shapes or [*SHAPES, STEM]
     for (c, s), dtype, layout in itertools.product(

@@ -69,7 +69,7 @@ def bn_bwd_apply(
     dx, dres, dz, mask, x, mean, rstd, gamma, beta, dgamma, dbeta,
     residual, res_mean, res_rstd, res_gamma, res_dgamma, gate, training, res_training,
 ):  # fmt: skip
-    """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M), or gamma * rstd * g; dres likewise, or g."""
+    """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M), or gamma * rstd * g; dres alike."""
     _C.bn_bwd_apply(
         dx.data_ptr(), _ptr(dres), dz.data_ptr(), _ptr(mask), x.data_ptr(), _ptr(mean), _ptr(rstd),
         _ptr(gamma), _ptr(beta), _ptr(dgamma), _ptr(dbeta), _ptr(residual), _ptr(res_mean),

@@ -24,12 +24,12 @@ MODULES = {"cpu": "fastres._cpu", "triton": "fastres.kernels"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
-# The floor under every comparison, relative to the largest value (max error) or the rms (rms error): about
-# half a unit in the last place of the dtype; fp32 has a few, for sums taken in another order than torch's.
+# The floor under every comparison, relative to the largest value (max error) or rms (rms error):
+# about half a unit in the last place of the dtype; fp32 has a few, for sums in another order.
 TOLERANCES = {torch.float32: 4e-7, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
-# Channel counts and row counts that are multiples of nothing, single channels, pixels and images, and one shape
-# for each cut of a reduction: many channels, a long plane, many rows.
+# Channel counts and row counts that are multiples of nothing, single channels, pixels and images,
+# and one shape for each cut of a reduction: many channels, a long plane, many rows.
 SHAPES = {
     "cpu": [
         (2, 35, 7, 7),
@@ -100,7 +100,7 @@ def cases(dtypes=tuple(DTYPES), layouts=tuple(LAYOUTS), shapes=None):
     return pytest.mark.parametrize("case", out)
 
 
-# --- inputs and outputs ----------------------------------------------------------------------------
+# --- inputs and outputs ---------------------------------------------------------------------------
 
 
 def activation(case: Case, seed: int, shape=None, scale: float = 1.5, shift: float = 0.3) -> Tensor:
@@ -180,7 +180,7 @@ def pool_shape(shape, kernel: int, stride: int, padding: int) -> tuple[int, int,
     )
 
 
-# --- eager PyTorch, the yardstick ------------------------------------------------------------------
+# --- eager PyTorch, the yardstick -----------------------------------------------------------------
 
 
 def eager_norm(x: Tensor, mean, rstd, gamma, beta) -> Tensor:
@@ -198,7 +198,7 @@ def eager_norm_bwd(g: Tensor, x: Tensor, mean, rstd, gamma, training: bool = Tru
     )
 
 
-# --- the criterion ---------------------------------------------------------------------------------
+# --- the criterion --------------------------------------------------------------------------------
 
 
 def assert_close(
@@ -221,8 +221,8 @@ def assert_close(
             where = tuple(int(i) for i in torch.unravel_index(at, error.shape))
             wrong = int((~(error <= limit)).sum())
             raise AssertionError(
-                f"{what}: {kind} error {of(error):.3g} > {limit:.3g} (eager {of(yard):.3g}); worst at "
-                f"{where}: {got[where].item()} instead of {truth[where].item()}; "
+                f"{what}: {kind} error {of(error):.3g} > {limit:.3g} (eager {of(yard):.3g}); "
+                f"worst at {where}: {got[where].item()} instead of {truth[where].item()}; "
                 f"{wrong} of {error.numel()} beyond the limit"
             )
 

@@ -105,7 +105,7 @@ def test_bn_apply_fwd_may_alias(case, target):
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bn_apply_fwd_keeps_large_mean_nan_inf_and_zero(name, layout, dtype):
-    """Subtract first: mean 1e4, std 1 comes out right. NaN passes the ReLU, -inf and exact 0 do not."""
+    """mean 1e4, std 1 comes out right. NaN passes the ReLU, -inf and exact 0 do not."""
     case = Case(name, dtype, layout, (1, 20, 3, 3))
     x = torch.zeros(case.shape, dtype=dtype).contiguous(memory_format=layout)
     x[:, 1] = float("nan")
@@ -131,7 +131,7 @@ def test_bn_apply_fwd_keeps_large_mean_nan_inf_and_zero(name, layout, dtype):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_bn_apply_fwd_rounds_to_nearest_even(name, dtype):
-    """Every kind of value through the store: ties, subnormals, overflow to infinity, the smallest normal."""
+    """Every kind of value through the store: ties, subnormals, overflow, the smallest normal."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     step = bits[~bits.isnan()].float()
     near = torch.nextafter(step, torch.full_like(step, float("inf")))

@@ -66,7 +66,7 @@ def test_bn_relu_maxpool_fwd_matches_reference(case, geometry):
 @pytest.mark.parametrize("geometry", POOLS, ids=IDS)
 @cases(shapes=SHAPES[:3])
 def test_bn_relu_maxpool_fwd_index_is_torchs_on_ties_and_nan(case, geometry):
-    """Small whole numbers are exact in every dtype: the index is torch's, on many ties and a few NaN."""
+    """Small whole numbers are exact in every dtype: torch's index, on many ties and a few NaN."""
     x = activation(case, 2, scale=1.2, shift=0.5).float().round()
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.05] = float("nan")
     x = x.to(case.dtype).contiguous(memory_format=case.layout)
@@ -91,7 +91,8 @@ def test_bn_relu_maxpool_bwd_matches_reference(case, geometry):
         dx, dgamma, dbeta = backward(case, dz, index, x, params, geometry, training)
         truth = ref.bn_bwd_apply(g, x.double(), *wide, true_dgamma, true_dbeta, training)
         eager_g = ref.maxpool_scatter(dz, index, x.shape, *geometry)
-        eager = eager_norm_bwd(eager_g.contiguous(memory_format=case.layout), x, mean, rstd, gamma, training)  # fmt: skip
+        eager_g = eager_g.contiguous(memory_format=case.layout)
+        eager = eager_norm_bwd(eager_g, x, mean, rstd, gamma, training)
         sums = eager_norm_bwd(g.float(), x.float(), mean, rstd, gamma)
         size = g.abs().sum((0, 2, 3))
         assert_close("dgamma", dgamma, true_dgamma, sums[1], scale=size)

@@ -46,7 +46,7 @@ def test_bn_stats_fwd_matches_reference(case):
 
 @cases(dtypes=("fp32",))
 def test_bn_stats_fwd_keeps_variance_under_a_large_mean(case):
-    """mean 1e4, std 1 in every second channel: E[x^2] - E[x]^2 in fp32 would leave nothing of the variance."""
+    """mean 1e4, std 1 in every second channel: E[x^2] - E[x]^2 in fp32 would lose var."""
     x = activation(case, 2, scale=1.0, shift=0.0)
     x[:, ::2] += 1e4
     check(case, x)
@@ -82,7 +82,7 @@ def test_bn_stats_fwd_is_deterministic(case):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_bn_stats_fwd_propagates_nan_and_inf(name, bad, layout):
-    """A bad value makes its own channel's variance NaN, as in torch, and touches no other channel."""
+    """A bad value makes its own channel's variance NaN, as in torch, and no other channel's."""
     case = Case(name, torch.float32, layout, (2, 20, 5, 3))
     for where in ((0, 3, 0, 0), (1, 3, 4, 2)):
         x = activation(case, 5)
@@ -100,4 +100,4 @@ def test_bn_stats_fwd_uses_eps(name):
     x = activation(case, 6)
     _, var, rstd = stats(case, x, eps=0.5)
     assert torch.allclose(rstd, (var + 0.5).rsqrt(), rtol=1e-6)
-    assert backend(name).NAME == name
+    assert name == backend(name).NAME
