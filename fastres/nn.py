@@ -61,7 +61,10 @@ class Fusion:
 def child(module: nn.Module, path: str) -> Any:
     """The submodule at a dotted path."""
     for name in path.split("."):
-        module = getattr(module, name)
+        found = module._modules.get(name)
+        if found is None:
+            raise AttributeError(f"{type(module).__name__} has no submodule {name!r}")
+        module = found
     return module
 
 

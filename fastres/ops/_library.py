@@ -23,9 +23,26 @@ def define(
     LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastres::{name}", fake, lib=LIBRARY)
     if backward is not None:
+        backward = _skip_undefined(backward, torch._C.parse_schema(f"fastres::{schema}"))
         torch.library.register_autograd(
             f"fastres::{name}", backward, setup_context=setup, lib=LIBRARY
         )
+
+
+def _skip_undefined(backward: Callable, schema: torch._C.FunctionSchema) -> Callable:
+    """backward, called only when the gradient of the first output exists; without it every input's
+    is None.
+
+    (Gradients are not materialised: the statistics and masks that ops return would each get
+    zeros.)"""
+    count = len(schema.arguments)
+
+    def run(ctx, *grads):
+        if grads[0] is None:
+            return (None,) * count
+        return backward(ctx, *grads)
+
+    return run
 
 
 def refuse_double_backward(name: str) -> tuple[Callable, Callable]:
@@ -44,3 +61,17 @@ def refuse_double_backward(name: str) -> tuple[Callable, Callable]:
         )
 
     return setup, backward
+
+
+def plain_eager(*tensors: torch.Tensor) -> bool:
+    """Whether nothing watches the dispatcher (compile, export, modes, subclasses), so that it may
+    be skipped."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(t) in _PLAIN for t in tensors)
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -71,7 +71,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def vector(t: Tensor, like: Tensor) -> Tensor:
     """A per-channel vector in the dtype the kernels take."""
-    return t.to(stats_dtype(like)).contiguous()
+    dtype = stats_dtype(like)
+    return t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
 
 
 def alloc_stats(x: Tensor) -> Tensor:

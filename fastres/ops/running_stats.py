@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._args import BatchNorm
-from ._library import define
+from ._library import define, plain_eager
 
 
 def _update_running_stats(
@@ -24,9 +24,13 @@ def _update_running_stats(
     for mean, var, st, momentum, m in zip(
         running_means, running_vars, stats, momenta, counts, strict=True
     ):
+        unbias = m / (m - 1) if m > 1 else 1.0
+        if mean.dtype == var.dtype == st.dtype:
+            mean.mul_(1 - momentum).add_(st[0], alpha=momentum)
+            var.mul_(1 - momentum).add_(st[1], alpha=momentum * unbias)
+            continue
         mean.copy_(momentum * st[0] + (1 - momentum) * mean.to(st.dtype))
-        unbiased = st[1] * (m / (m - 1)) if m > 1 else st[1]
-        var.copy_(momentum * unbiased + (1 - momentum) * var.to(st.dtype))
+        var.copy_(momentum * unbias * st[1] + (1 - momentum) * var.to(st.dtype))
 
 
 define(
@@ -45,4 +49,9 @@ def update_running_stats(bns: list[BatchNorm], stats: list[Tensor], counts: list
         if bn.training and bn.running_mean is not None
     ]
     if due:
-        torch.ops.fastres.update_running_stats(*(list(column) for column in zip(*due, strict=True)))
+        columns = [list(column) for column in zip(*due, strict=True)]
+        if plain_eager(*columns[0], *columns[2]):
+            with torch.no_grad():
+                _update_running_stats(*columns)
+        else:
+            torch.ops.fastres.update_running_stats(*columns)
