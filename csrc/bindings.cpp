@@ -169,6 +169,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_parallel_for", &has_parallel_for);
   m.def("tune_malloc", &tune_malloc, "Keep large blocks on the heap (glibc); False elsewhere.");
   m.def("untune_malloc", &untune_malloc, "glibc's defaults again; False elsewhere.");
-  m.def("advise_heap", &advise_heap, "Huge pages for the heap, if it grew; bytes advised.");
   m.attr("build_info") = kBuildInfo;
 }

@@ -34,6 +34,5 @@ const char* built_isas();
 // See heap.cpp.
 bool tune_malloc();
 bool untune_malloc();
-int64_t advise_heap();
 
 }  // namespace fastres
