@@ -5,7 +5,8 @@ glibc maps any allocation above a threshold (at most 32 MiB) afresh and gives it
 each activation of a training step is page-faulted again: a third of a ResNet-50's CPU time
 (ANCHORS.md). `keep_buffers` turns that off with mallopt, for the whole process: M_MMAP_MAX=0,
 M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 MiB. The price is that peak memory stays with the process until it
-ends. `FASTRES_MALLOC=0` leaves malloc alone; `release_buffers()` restores glibc's defaults."""
+ends. `FASTRES_MALLOC=0` leaves malloc alone; `release_buffers()` restores glibc's
+defaults for what is allocated from then on."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def keep_buffers() -> bool:
 
 
 def release_buffers() -> None:
-    """Restore glibc's defaults."""
+    """Restore glibc's defaults; what the heap holds already it keeps for reuse."""
     global _kept
     if _kept:
         _native.module().untune_malloc()

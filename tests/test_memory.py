@@ -20,11 +20,6 @@ def faults(n):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 first = faults(10)  # aligned blocks settle after a few rounds of split and merge
 print(int(kept), faults(10) - first, memory.state())
-if kept:
-    memory.release_buffers()
-    faults(10)
-    start = faults(0)
-    print(faults(10) - start)
 """
 
 
@@ -40,12 +35,11 @@ def run(mode: str, **env: str) -> list[str]:
 def test_large_buffers_are_faulted_once() -> None:
     assert _native.why_missing() is None
     (plain,) = run("leave")
-    kept, released = run("keep")
+    (kept,) = run("keep")
     # 10 buffers of 64 MiB are 163,840 pages of 4 KiB (320 of 2 MiB, should the system use those)
     assert plain.split()[0] == "0" and int(plain.split()[1]) >= 300
     assert kept.startswith("1 ") and int(kept.split()[1]) < int(plain.split()[1]) / 20
     assert "large buffers are kept" in kept
-    assert int(released) >= 300
 
 
 def test_the_environment_can_refuse() -> None:

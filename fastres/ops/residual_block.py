@@ -264,6 +264,11 @@ define(
 )
 
 
+def _columns(tensors: Any, n: int) -> Any:
+    """(weights, gammas, betas, running means, running variances) from the flat arguments."""
+    return tuple(list(tensors[i * n : (i + 1) * n]) for i in range(5))
+
+
 class _EagerNode(torch.autograd.Function):
     """The op's node without the dispatcher: what plain eager training runs.
 
@@ -275,8 +280,10 @@ class _EagerNode(torch.autograd.Function):
     def forward(ctx, config, x, *tensors):
         geometry, training, eps, projection, update = config
         n = len(training)
-        columns: list[Any] = [list(tensors[i * n : (i + 1) * n]) for i in range(5)]
-        z, mask, ys, stats = _residual_block(x, *columns, geometry, training, eps, projection, True)
+        weights, gammas, betas, means, variances = _columns(tensors, n)
+        z, mask, ys, stats = _residual_block(
+            x, weights, gammas, betas, means, variances, geometry, training, eps, projection, True
+        )
         update(stats)
         ctx.config = geometry, training, projection
         ctx.save_for_backward(mask, x, *tensors[: 3 * n], *ys, *stats)
@@ -287,7 +294,7 @@ class _EagerNode(torch.autograd.Function):
         geometry, training, projection = ctx.config
         n = len(training)
         mask, x, *rest = ctx.saved_tensors
-        weights, gammas, betas, ys, stats = (rest[i * n : (i + 1) * n] for i in range(5))
+        weights, gammas, betas, ys, stats = _columns(rest, n)
         need_x, need_w = ctx.needs_input_grad[1], list(ctx.needs_input_grad[2 : 2 + n])
         # under create_graph the registered op records a node that refuses to be differentiated
         op = (
@@ -354,7 +361,7 @@ def residual_block(x: Tensor, units: list[Unit], shortcut: Unit | None = None) -
     def update(stats: list[Tensor]) -> None:
         update_running_stats(bns, stats, counts)
 
-    columns: list[Any] = [weights, gammas, betas, means, variances]
+    columns = (weights, gammas, betas, means, variances)
     if not plain_eager(x, *weights):
         z, _, _, stats = torch.ops.fastres.residual_block(
             x, *columns, geometry, training, eps, projection, save
