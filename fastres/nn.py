@@ -107,7 +107,7 @@ def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
             return f"{path} is missing"
         if type(m) is not kind:
             return f"{path} is {type(m).__name__}, not {kind.__name__}"
-        if any(getattr(m, hooks) for hooks in _HOOKS):
+        if has_hooks(m):
             return f"{path} has a hook, which needs the unfused tensors"
         reason = None
         if isinstance(m, nn.Conv2d):
@@ -233,12 +233,14 @@ class ResidualBlockMixin(FusedMixin):
                 return f"autocast adds a {dtype} branch to a {x.dtype} input, which torch promotes"
         return reason
 
-    def fused_forward(self, x: Tensor) -> Tensor:
+    def fused_forward(self, x: Tensor, own_input: bool = False) -> Tensor:
+        """`own_input`: nobody else holds x, so that inference may write the block's output over
+        it."""
         module: nn.Module = self  # type: ignore[assignment]
         spec = self._fastres.spec
         x = _cast_input(module, spec, x)
         if folds(module, spec, x):
-            z = _folded_block(module, self._fastres, x)
+            z = _folded_block(module, self._fastres, x, own_input)
             if z is not None:
                 return z
         shortcut = None if spec.shortcut is None else unit_of(module, spec.shortcut)
@@ -267,7 +269,7 @@ def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
     return x
 
 
-def _folded_block(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
+def _folded_block(module: nn.Module, fusion: Fusion, x: Tensor, own_input: bool) -> Tensor | None:
     """The block on folded convs; None when a folded weight is not finite or not cacheable."""
     spec = fusion.spec
 
@@ -289,8 +291,37 @@ def _folded_block(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None
         if packed is None:
             return None
         residual = inference.conv(x, packed, relu=False)
-    z = inference.conv_add_relu(h, last, residual, inplace=spec.shortcut is not None)
-    return inference.mark_finite(z)
+    inplace = spec.shortcut is not None or own_input
+    return inference.mark_finite(inference.conv_add_relu(h, last, residual, inplace))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def run_blocks(layers: list[Any], x: Tensor, own_input: bool) -> Tensor:
+    """layers[-1](... layers[0](x)), each a Sequential of blocks.
+
+    In inference a tensor that only passes from block to block is added to in place, which spares
+    one pass over memory for every identity shortcut. A hook on a layer or a block sees tensors, so
+    none there is written over."""
+    for layer in layers:
+        watched = (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or type(layer) is not nn.Sequential
+            or has_hooks(layer)
+        )
+        if watched:
+            x, own_input = layer(x), False
+            continue
+        for block in layer:
+            fused = isinstance(block, ResidualBlockMixin)
+            if fused and not has_hooks(block) and block._obstacle(x) is None:
+                x, own_input = block.fused_forward(x, own_input), True
+            else:
+                x, own_input = block(x), False
+    return x
 
 
 def stem_forward(module: nn.Module, fusion: Fusion, pool: str | None, x: Tensor) -> Tensor:

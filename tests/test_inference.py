@@ -177,3 +177,24 @@ def test_caches_die_with_revert() -> None:
     assert fused.layer1[0]._fastres.caches
     fastres.revert(fused)
     assert type(fused.layer1[0]) is resnet.Bottleneck and not hasattr(fused.layer1[0], "_fastres")
+
+
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+def test_tensors_that_hooks_see_are_never_written_over(block) -> None:
+    """Inference adds in place where nobody looks; a hook's tensors must keep their values."""
+    fused = fastres.convert(small(block=block)).eval()
+    x = batch()
+    with torch.no_grad():
+        expected = fused(x).clone()
+        for path in ("layer1", "layer1.0", "layer1.1", "layer2", "layer2.0", "maxpool"):
+            seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+            def hook(m, args, out, seen=seen):
+                seen.extend((t, t.clone()) for t in (*args, out))
+
+            handle = fused.get_submodule(path).register_forward_hook(hook)
+            torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
+            handle.remove()
+            assert len(seen) == 2, path
+            assert all(torch.equal(t, then) for t, then in seen), path
+        assert torch.equal(fused(x), expected)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.nn import ResidualBlockMixin, Spec, StemMixin
+from fastres.nn import ResidualBlockMixin, Spec, StemMixin, run_blocks
 
 from ._match import Match, Matcher
 
@@ -25,7 +25,7 @@ class TorchvisionResNetMixin(StemMixin):
             return super()._forward_impl(x)  # type: ignore[misc]
         m: Any = self
         x = self.fused_forward(x)
-        x = m.layer4(m.layer3(m.layer2(m.layer1(x))))
+        x = run_blocks([m.layer1, m.layer2, m.layer3, m.layer4], x, own_input=True)
         return m.fc(torch.flatten(m.avgpool(x), 1))
 
 
