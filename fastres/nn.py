@@ -295,7 +295,7 @@ def _folded_block(module: nn.Module, fusion: Fusion, x: Tensor, own_input: bool)
     return inference.mark_finite(inference.conv_add_relu(h, last, residual, inplace))
 
 
-def has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: Any) -> bool:
     return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
