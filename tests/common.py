@@ -184,10 +184,9 @@ def pool_shape(shape, kernel: int, stride: int, padding: int) -> tuple[int, int,
 
 
 def eager_norm(x: Tensor, mean, rstd, gamma, beta) -> Tensor:
-    """F.batch_norm with the given statistics, in the dtype of x."""
-    return torch.nn.functional.batch_norm(
-        x, mean, rstd.double().pow(-2).float(), gamma, beta, False, 0.0, 0.0
-    )
+    """F.batch_norm with the given statistics, in the dtype of x; torch 2.11 takes no eps of 0."""
+    var = rstd.double().pow(-2).float()
+    return torch.nn.functional.batch_norm(x, mean, var, gamma, beta, False, 0.0, 1e-30)
 
 
 def eager_norm_bwd(g: Tensor, x: Tensor, mean, rstd, gamma, training: bool = True):
