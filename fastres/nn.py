@@ -126,8 +126,8 @@ def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast runs convolutions on x in; None when autocast is off or leaves x alone."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return None
+    if x.dtype == torch.float64 or kind not in ("cpu", "cuda"):
+        return None  # (torch 2.11's compiler does not trace torch.amp.is_autocast_available)
     if not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
