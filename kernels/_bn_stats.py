@@ -148,7 +148,7 @@ def _bn_stats_finalise_kernel(
     var_ptr,  # (C,) fp32
     rstd_ptr,  # (C,) fp32
     part_ptr,  # (2, chunks, C) fp32
-    x_ptr,  # the activation, for the shift
+    x_ptr,  # the activation, for the shift; None: no shift
     eps,
     units,  # rows (NHWC) or images (NCHW), `chunk` of them in each chunk but the last
     unit,  # values per channel in one of them
@@ -176,8 +176,10 @@ def _bn_stats_finalise_kernel(
     var = tl.sum(m2 + n * d * d, axis=0) / total
 
     # 3. undo the shift, store
-    shift = tl.load(x_ptr + col.to(tl.int64) * shift_stride, mask=col_ok, other=0.0)
-    tl.store(mean_ptr + col, mean_c + shift.to(tl.float32), mask=col_ok)
+    if x_ptr is not None:
+        shift = tl.load(x_ptr + col.to(tl.int64) * shift_stride, mask=col_ok, other=0.0)
+        mean_c += shift.to(tl.float32)
+    tl.store(mean_ptr + col, mean_c, mask=col_ok)
     tl.store(var_ptr + col, var, mask=col_ok)
     tl.store(rstd_ptr + col, tl.div_rn(1.0, tl.sqrt_rn(var + eps)), mask=col_ok)
 
@@ -209,13 +211,21 @@ def bn_stats(mean, var, rstd, x, eps):
             ROWS=cut.rows,
             BLOCK_P=cut.block_c,
         )
+    shift = (lay.outer, 1, 1) if lay.nhwc else (lay.batch, lay.pixels, lay.pixels)
+    finalise(mean, var, rstd, part, x, eps, *shift, cut.chunk)
+
+
+def finalise(mean, var, rstd, part, x, eps, units, unit, shift_stride, chunk):
+    """Merge the partials (2, chunks, C): `chunk` units of `unit` values each but the last.
+
+    x: the activation whose first values the partial means are relative to; None: they are not.
+    """
+    _, chunks, channels = part.shape
     launch(
         _bn_stats_finalise_kernel,
-        triton.cdiv(lay.channels, FINALISE_CHANNELS),
-        (mean, var, rstd, part, x, float(eps))
-        + ((lay.outer, 1) if lay.nhwc else (lay.batch, lay.pixels))
-        + (lay.channels, 1 if lay.nhwc else lay.pixels, cut.chunk, cut.chunks),
+        triton.cdiv(channels, FINALISE_CHANNELS),
+        (mean, var, rstd, part, x, float(eps), units, unit, channels, shift_stride, chunk, chunks),
         num_warps=4,
-        BLOCK_K=triton.next_power_of_2(cut.chunks),
+        BLOCK_K=triton.next_power_of_2(chunks),
         BLOCK_C=FINALISE_CHANNELS,
     )

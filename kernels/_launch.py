@@ -170,13 +170,16 @@ def workspace(parts: int, cut: Reduction, x: torch.Tensor) -> torch.Tensor:
     return torch.empty((parts, cut.chunks, x.shape[1]), dtype=torch.float32, device=x.device)
 
 
-def launch(kernel, programs: int, args: tuple, num_warps: int, **constants) -> None:
+def launch(
+    kernel, programs: int, args: tuple, num_warps: int, num_stages: int = 3, **constants
+) -> None:
     """Run `kernel` on a one-dimensional grid. The only launch in this package: the AOT test
     replaces it.
     """
     x = next(a for a in args if isinstance(a, torch.Tensor))
+    options = {"num_warps": num_warps, "num_stages": num_stages}
     if INTERPRETED:  # any device
-        kernel[(programs,)](*args, num_warps=num_warps, **constants)
+        kernel[(programs,)](*args, **options, **constants)
         return
     if not x.is_cuda:  # True on HIP, too
         raise RuntimeError(
@@ -184,6 +187,7 @@ def launch(kernel, programs: int, args: tuple, num_warps: int, **constants) -> N
             f"the environment before the first use; got a tensor on {x.device}"
         )
     # num_warps counts warps of 32 lanes; AMD's CDNA has 64.
-    num_warps = num_warps // 2 if torch.version.hip else num_warps
+    if torch.version.hip:
+        options["num_warps"] = num_warps // 2
     with torch.cuda.device(x.device):
-        kernel[(programs,)](*args, num_warps=num_warps, **constants)
+        kernel[(programs,)](*args, **options, **constants)

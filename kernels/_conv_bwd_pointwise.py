@@ -1,0 +1,194 @@
+"""conv_bwd_pointwise: dgrad and wgrad of a 1x1, stride 1 conv in one kernel.
+
+Both need dy, and where the input's ReLU gate is recomputed dgrad's epilogue needs the very x that
+wgrad multiplies: together they read the gradient (and y) and x once, where two kernels read them
+twice. A program holds a dw of all K output channels by BLOCK_N input channels in registers over its
+chunk of pixels, so K * BLOCK_N is bounded (why_not); the partials (chunks, K, C) are summed in a
+fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._conv import (
+    Geometry,
+    activate,
+    dot,
+    krsc,
+    load_gate,
+    load_tile,
+    norm_gradient,
+    precision,
+    units,
+    wide,
+)
+from ._conv_config import bwd_pointwise_config, cut
+from ._conv_dgrad import finalise_sums, finish_gradient, norm_arguments, previous_arguments
+from ._conv_wgrad import add_splits
+from ._launch import launch
+from ._tile import bound
+
+
+@triton.jit
+def _conv_bwd_pointwise_kernel(
+    dx_ptr,  # (rows, C)
+    part_ptr,  # (2 or 3, chunks, C) fp32: sums of each chunk, or None
+    dw_ptr,  # (chunks, K, C) fp32
+    g_ptr,  # (rows, K)
+    gmask_ptr,  # (rows, ceil(K / 8)) uint8 or None
+    y_ptr,  # (rows, K) or None
+    x_ptr,  # (rows, C)
+    w_ptr,  # (K, C)
+    mean_ptr,  # (K,) fp32: the batch norm behind the conv, or None
+    rstd_ptr,
+    gamma_ptr,
+    dgamma_ptr,
+    dbeta_ptr,
+    in_mean_ptr,  # (C,) fp32: the input's batch norm; None: x is taken as it is
+    in_rstd_ptr,
+    in_gamma_ptr,
+    in_beta_ptr,
+    res_ptr,  # (rows, C): added to dx, or None
+    res_mask_ptr,
+    prev_ptr,  # (rows, C) or None; x itself where the input is relu(normalise(x))
+    prev_mask_ptr,
+    prev_mean_ptr,
+    prev_rstd_ptr,
+    prev_gamma_ptr,
+    prev_beta_ptr,
+    dual_ptr,
+    dual_mean_ptr,
+    inv_count,
+    rows,
+    c_units,
+    k_units,
+    tiles,
+    chunks,
+    C_ALIGN: tl.constexpr,
+    K_ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    MODE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # >= K
+):
+    # 1. locate the chunk; the weight's tile stays
+    C = c_units * C_ALIGN
+    K = k_units * K_ALIGN
+    tiles_n = tl.cdiv(C, BLOCK_N)
+    col0 = tl.program_id(0) % tiles_n * BLOCK_N
+    chunk = tl.program_id(0) // tiles_n
+    col = col0 + tl.arange(0, BLOCK_N)
+    ch = tl.arange(0, BLOCK_K)
+    col_ok = col < C
+    ch_ok = ch < K
+    w_at = ch[:, None] * C + col[None, :]
+    w_ok = ch_ok[:, None] & col_ok[None, :]
+    w = tl.load(w_ptr + w_at, mask=w_ok, other=0.0)
+    first = chunk * tiles
+    last = tl.minimum(first + tiles, tl.cdiv(rows, BLOCK_M))
+
+    dw = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    sum_g = tl.zeros((BLOCK_N,), tl.float32)
+    sum_gy = tl.zeros((BLOCK_N,), tl.float32)
+    sum_gd = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(bound(first), bound(last)):
+        # 2. load tiles
+        m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_ok = m < rows
+        row = m.to(tl.int64) if WIDE else m
+        g_ok = m_ok[:, None] & ch_ok[None, :]
+        x_ok = m_ok[:, None] & col_ok[None, :]
+        g = load_tile(g_ptr, row, ch, K, g_ok)
+        y = g
+        if MODE == "bn":
+            y = load_tile(y_ptr, row, ch, K, g_ok)
+        x = load_tile(x_ptr, row, col, C, x_ok)
+
+        # 3. prologues
+        if gmask_ptr is not None:
+            keep = load_gate(gmask_ptr, row, 0, m_ok, k_units, K_ALIGN, BLOCK_M, BLOCK_K)
+            g = tl.where(keep, g, 0.0).to(g.dtype)
+        if MODE != "none":
+            g = norm_gradient(
+                g.to(tl.float32), y, g_ok, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr,
+                inv_count, ch, ch_ok, g_ptr.dtype.element_ty, MODE,
+            )  # fmt: skip
+        if in_mean_ptr is not None:
+            x = activate(
+                x, x_ok, in_mean_ptr, in_rstd_ptr, in_gamma_ptr, in_beta_ptr, col, col_ok
+            )
+
+        # 4. multiply, twice
+        dw = dot(tl.trans(g), x, dw, PRECISION)
+        v = dot(g, w, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+
+        # 5. epilogue of dgrad: residual gradient, gate, sums
+        v, s_g, s_gy, s_gd = finish_gradient(
+            v, row, m_ok, col0, c_units, res_ptr, res_mask_ptr,
+            prev_ptr, prev_mask_ptr, prev_mean_ptr, prev_rstd_ptr, prev_gamma_ptr, prev_beta_ptr,
+            dual_ptr, dual_mean_ptr, C_ALIGN, dx_ptr.dtype.element_ty, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        tl.store(dx_ptr + (row * C)[:, None] + col[None, :], v, mask=x_ok)
+        sum_g += s_g
+        sum_gy += s_gy
+        sum_gd += s_gd
+
+    # 6. store partials
+    tl.store(dw_ptr + tl.cast(chunk, tl.int64) * (K * C) + w_at, dw, mask=w_ok)
+    if part_ptr is not None:
+        out = part_ptr + chunk * C + col
+        tl.store(out, sum_g, mask=col_ok)
+        tl.store(out + chunks * C, sum_gy, mask=col_ok)
+        if dual_ptr is not None:
+            tl.store(out + 2 * chunks * C, sum_gd, mask=col_ok)
+
+
+def why_not(x, weight, geometry) -> str | None:
+    """None when one kernel can do both, otherwise the reason."""
+    geo = Geometry.of(x.shape, weight.shape, geometry)
+    if not geo.pointwise:
+        return "not a 1x1 conv of stride 1"
+    if bwd_pointwise_config(geo, x) is None:
+        return f"{geo.k} output channels: a program cannot hold dw of all of them"
+    return None
+
+
+def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, prev):
+    geo = Geometry.of(dx.shape, weight.shape, geometry)
+    mode, y, vectors = norm_arguments(bn)
+    previous = previous_arguments(prev)
+    config = bwd_pointwise_config(geo, x)
+    plan = cut(geo.rows, geo.c, config)
+    sum_part = None
+    if prev is not None:
+        shape = (2 if previous[-1] is None else 3, plan.chunks, geo.c)
+        sum_part = torch.empty(shape, dtype=torch.float32, device=x.device)
+    dw_part = torch.empty((plan.chunks, geo.k, 1, geo.c), dtype=torch.float32, device=x.device)
+    c_units, c_align = units(geo.c)
+    k_units, k_align = units(geo.k)
+    launch(
+        _conv_bwd_pointwise_kernel,
+        plan.programs,
+        (dx, sum_part, dw_part, g.dz, g.mask, y, x, krsc(weight), *vectors)
+        + ((None,) * 4 if norm is None else tuple(norm))
+        + ((None, None) if dres is None else tuple(dres))
+        + (*previous, 1.0 / geo.rows, geo.rows, c_units, k_units, plan.tiles, plan.chunks),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        C_ALIGN=c_align,
+        K_ALIGN=k_align,
+        WIDE=wide(dx, g.dz),
+        MODE=mode,
+        PRECISION=precision(x.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+    add_splits(dw, dw_part)
+    if prev is not None:
+        finalise_sums(sums, sum_part, prev)

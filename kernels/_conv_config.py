@@ -1,0 +1,182 @@
+"""Tiles of the convolution kernels: one table for each architecture, a reason beside each rule.
+
+Nothing is measured at run time: a configuration is a function of architecture, shape and dtype. The
+reasons are arithmetic, since no GPU has run these kernels; `fastres.tune` is to replace them by
+measurement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ._launch import INTERPRETED
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """block_m: pixels, block_n: the columns a program owns, block_k: the step of the dot's sum
+    (wgrad sums over pixels: there block_m is the step and block_k the rows of the tile)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What the rules of one architecture need to know.
+
+    block_m, block_n: the tile of a dot, at most; num_warps of such a tile; row_bytes: bytes of the
+    sum's step in one row; stages: buffers of the software pipeline; programs: a full device, twice
+    over; dw_elements: elements of dw one program of conv_bwd_pointwise may hold.
+    """
+
+    name: str
+    block_m: int
+    block_n: int
+    num_warps: int
+    row_bytes: int
+    stages: int
+    programs: int
+    dw_elements: int
+
+
+ARCHS = {
+    # 108 SMs, mma.sync: 64 x 64 a warp pair keeps the operand traffic from shared memory below its
+    # bandwidth; 163 KB of shared memory hold two programs of 3 stages of 24 KB.
+    "sm_80": Arch("sm_80", 128, 128, 8, 128, 3, 2 * 108 * 2, 8192),
+    # 132 SMs, wgmma 64 x N x 16: 128 x 128 on two warpgroups is 64 accumulator registers a thread,
+    # which leaves room for an epilogue with statistics; 4 stages of 32 KB are under half of 227 KB
+    # only at 3. 128-byte rows are the swizzle that wgmma and TMA read without bank conflicts.
+    "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 2 * 132 * 2, 16384),
+    # 148 SMs, tcgen05: accumulators live in tensor memory (512 columns: two programs of 128 x 128
+    # with room to spare), so the tile of sm_90 again.
+    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 2 * 148 * 2, 16384),
+    # 304 CUs, mfma 32x32x8: 64 KB of LDS hold 2 stages of 128 x 32 twice.
+    "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 2 * 304, 8192),
+    # The interpreter pays per operation, not per element; small tiles so that small shapes have
+    # several.
+    "interpreter": Arch("interpreter", 64, 32, 4, 128, 1, 6, 16384),
+}
+
+
+class NoTable(RuntimeError):
+    """The device's architecture has no table of tiles."""
+
+
+def arch_of(device: torch.device) -> Arch:
+    """The table for a device; raises NoTable, which names the architecture and those known."""
+    if INTERPRETED:
+        return ARCHS["interpreter"]
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"sm_{major}{minor}"
+    # Same instruction set, fewer SMs: the tiles are the same.
+    name = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100"}.get(name, name)
+    if name not in ARCHS:
+        known = ", ".join(a for a in ARCHS if a != "interpreter")
+        raise NoTable(f"fastres has no convolution tiles for {name}; known: {known}")
+    return ARCHS[name]
+
+
+def _fit(size: int, most: int, least: int = 16) -> int:
+    """The power of two that covers `size`, between tl.dot's least and the most."""
+    return min(max(triton.next_power_of_2(size), least), most)
+
+
+def _gemm(arch: Arch, rows: int, columns: int, summed: int, itemsize: int, tensors: int):
+    """A tile (pixels, columns, step). tensors: activations that the prologue reads for each
+    operand element."""
+    # fp32: half the elements in the same registers and bytes
+    most_n = arch.block_n if itemsize < 4 else arch.block_n // 2
+    block_n = _fit(columns, most_n)
+    # 64 columns only: a taller tile instead would double the registers of the prologue
+    block_m = _fit(rows, arch.block_m if itemsize < 4 else arch.block_m // 2)
+    block_k = _fit(summed, arch.row_bytes // itemsize)
+    warps = arch.num_warps if block_m * block_n >= 8192 else 4
+    # a second operand in the prologue is pipelined, too: one buffer less keeps two programs an SM
+    stages = max(arch.stages - (tensors > 1), 2) if arch.stages > 1 else 1
+    return ConvConfig(block_m, block_n, block_k, warps, stages)
+
+
+def fprop_config(geo, x, norm: bool, shortcut: bool) -> ConvConfig:
+    arch = arch_of(x.device)
+    return _gemm(arch, geo.rows, geo.k, geo.c, x.element_size(), 2 if shortcut else 1)
+
+
+def dgrad_config(geo, x, mode: str) -> ConvConfig:
+    arch = arch_of(x.device)
+    return _gemm(arch, geo.rows, geo.c, geo.k, x.element_size(), 2 if mode == "bn" else 1)
+
+
+def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
+    arch = arch_of(x.device)
+    size = x.element_size()
+    most = arch.block_n if size < 4 else arch.block_n // 2
+    block_k = _fit(geo.k, most)
+    block_n = _fit(geo.c, most)
+    # The dot sums over pixels; the rows of both operands are contiguous in channels, so the step
+    # only sets how much is in flight.
+    block_m = _fit(geo.rows, 64 if size < 4 else 32)
+    warps = arch.num_warps if block_k * block_n >= 8192 else 4
+    stages = max(arch.stages - (mode == "bn"), 2) if arch.stages > 1 else 1
+    return ConvConfig(block_m, block_n, block_k, warps, stages)
+
+
+def bwd_pointwise_config(geo, x) -> ConvConfig | None:
+    """None when a program cannot hold dw of all K output channels and a useful width."""
+    arch = arch_of(x.device)
+    elements = arch.dw_elements if x.element_size() < 4 else arch.dw_elements // 2
+    block_k = _fit(geo.k, 1 << 20)
+    block_n = _fit(geo.c, min(arch.block_n, elements // block_k) if block_k <= elements else 0, 0)
+    if block_n < min(32, _fit(geo.c, 32)):
+        return None
+    # 64 pixels: the accumulators of dx then take at most half of what dw takes
+    block_m = _fit(geo.rows, 64)
+    warps = arch.num_warps if block_k * block_n >= 8192 else 4
+    return ConvConfig(block_m, block_n, block_k, warps, 2 if arch.stages > 1 else 1)
+
+
+# Partials for each channel that the finalise kernels read in one tile.
+_MAX_CHUNKS = 512
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A GEMM of `rows` cut into chunks of `tiles` tiles of block_m rows."""
+
+    block_m: int
+    tiles: int
+    chunks: int
+    programs: int
+
+
+def cut(rows: int, columns: int, config: ConvConfig, programs: int = 1024) -> Cut:
+    """By shape alone, so that sums repeat bit for bit on any device of one architecture.
+
+    At most 512 chunks, whose partials then are under 1/50 of the tensor they are sums of; about
+    1024 programs, four waves of two programs on 132 SMs, so that the last wave costs little.
+    """
+    tiles_m = triton.cdiv(rows, config.block_m)
+    tiles_n = triton.cdiv(columns, config.block_n)
+    chunks = max(1, min(_MAX_CHUNKS, triton.cdiv(programs, tiles_n)))
+    tiles = triton.cdiv(tiles_m, chunks)
+    chunks = triton.cdiv(tiles_m, tiles)
+    return Cut(config.block_m, tiles, chunks, chunks * tiles_n)
+
+
+def wgrad_cut(geo, config: ConvConfig, programs: int = 528) -> tuple[int, int, int]:
+    """(tiles of dw, splits, rows of a split): two waves of programs, and no split shorter than 8
+    steps, below which storing its partial costs more than its sum."""
+    tiles = triton.cdiv(geo.k, config.block_k) * triton.cdiv(geo.c, config.block_n) * geo.r * geo.s
+    splits = max(1, programs // tiles)
+    steps = triton.cdiv(geo.rows, config.block_m)
+    each = max(triton.cdiv(steps, splits), min(8, steps))
+    return tiles, triton.cdiv(steps, each), each * config.block_m
