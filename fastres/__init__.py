@@ -3,6 +3,8 @@
 model = fastres.convert(model)
 """
 
+from typing import TYPE_CHECKING
+
 from . import nn, ops
 from .backends import BackendError, use_backend
 from .convert import ConvertError, convert, invalidate, report, revert, verify
@@ -18,6 +20,17 @@ __all__ = [
     "ops",
     "report",
     "revert",
+    "roofline",
     "use_backend",
     "verify",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str):
+        """`roofline` is imported when first asked for."""
+        if name == "roofline":
+            import importlib
+
+            return importlib.import_module("fastres.roofline")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

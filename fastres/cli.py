@@ -9,7 +9,16 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fastres.bench.options import MODELS, UsageError, add_arguments, check_model_name, options_from
+from fastres.bench.options import (
+    MIN_SIZE,
+    MODELS,
+    UsageError,
+    add_arguments,
+    at_least,
+    check_model_name,
+    options_from,
+    positive,
+)
 
 USAGE = 2
 INTERRUPTED = 130
@@ -52,6 +61,17 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="as JSON")
     report.set_defaults(run=_report)
 
+    roofline = commands.add_parser(
+        "roofline",
+        help="say how many bytes and FLOPs a model moves, and the images a second that allows",
+        description="Counts bytes and FLOPs of every kernel of a step of MODEL, for each rung of "
+        "fusion: a eager; b what convert does; c1, c2, d with convolutions of our own; folded for "
+        "inference. The ceiling is batch / sum over kernels of max(bytes / bandwidth, FLOPs / "
+        "rate). Nothing is run: docs/roofline.md.",
+    )
+    _add_roofline_arguments(roofline)
+    roofline.set_defaults(run=_roofline)
+
     doctor = commands.add_parser(
         "doctor",
         help="say what is installed, what works, and why the rest does not",
@@ -61,6 +81,46 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="as JSON")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_roofline_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--batch", type=at_least(1), default=256, metavar="N", help="images a step (default 256)"
+    )
+    parser.add_argument(
+        "--size",
+        type=at_least(MIN_SIZE),
+        default=224,
+        metavar="PX",
+        help="side of the square input (default 224)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
+        help="of activations (default bf16); parameters are fp32",
+    )
+    parser.add_argument(
+        "--inference", action="store_true", help="one forward in eval mode, not a training step"
+    )
+    parser.add_argument("--rung", metavar="RUNG", help="this rung only (default: all of them)")
+    parser.add_argument(
+        "--bandwidth",
+        type=positive("GB/s"),
+        default=4300.0,
+        metavar="GB/S",
+        help="memory bandwidth for the ceiling (default 4300, an H200)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=positive("TFLOP/s"),
+        default=790.0,
+        metavar="TFLOP/S",
+        help="arithmetic rate for the ceiling (default 790, an H200 in bf16)",
+    )
+    parser.add_argument("--layers", action="store_true", help="also every kernel of each rung")
+    parser.add_argument("--json", action="store_true", help="as JSON; bytes are of the batch")
 
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> int:
@@ -82,6 +142,37 @@ def _report(args: argparse.Namespace, argv: list[str]) -> int:
 
     found = fastres.report(build_model(args.model))
     print(found.to_json() if args.json else str(found))
+    return 0
+
+
+def _roofline(args: argparse.Namespace, argv: list[str]) -> int:
+    check_model_name(args.model)
+    from fastres import roofline
+
+    training = not args.inference
+    if args.rung is not None:
+        try:
+            roofline.check_rung(args.rung, training)
+        except ValueError as error:
+            raise UsageError(f"argument --rung: {str(error).removeprefix('roofline: ')}") from error
+    from rich.console import Console
+
+    from fastres.bench.models import build_model
+
+    shape = (args.batch, 3, args.size, args.size)
+    rungs = None if args.rung is None else [args.rung]
+    net = build_model(args.model)
+    found = roofline.ladder(net, shape, args.dtype, training, rungs, args.model)
+    bandwidth, rate = args.bandwidth * 1e9, args.rate * 1e12
+    if args.json:
+        print(json.dumps(roofline.ladder_dict(found, bandwidth, rate, args.layers), indent=1))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if args.layers:
+        for rung in found:
+            console.print(rung.table())
+    console.print(roofline.comparison(found, bandwidth, rate))
+    print(f"ceiling at {args.bandwidth:,g} GB/s and {args.rate:,g} TFLOP/s; docs/roofline.md")
     return 0
 
 

@@ -84,7 +84,9 @@ def check_model_name(name: str) -> str:
     raise UsageError(f"unknown model '{name}'{hint} Accepted: {', '.join(MODELS)}")
 
 
-def _at_least(minimum: int) -> Any:
+def at_least(minimum: int) -> Any:
+    """An argparse type: whole numbers of at least `minimum`."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -99,14 +101,19 @@ def _at_least(minimum: int) -> Any:
     return parse
 
 
-def _positive_seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number of seconds")
-    return value
+def positive(unit: str) -> Any:
+    """An argparse type: positive finite numbers of `unit`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0.0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a positive number of {unit}")
+        return value
+
+    return parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,11 +121,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(MODELS)}")
     what = parser.add_argument_group("what to run")
     what.add_argument(
-        "--batch", type=_at_least(1), default=8, metavar="N", help="images per step (default 8)"
+        "--batch", type=at_least(1), default=8, metavar="N", help="images per step (default 8)"
     )
     what.add_argument(
         "--size",
-        type=_at_least(MIN_SIZE),
+        type=at_least(MIN_SIZE),
         default=224,
         metavar="PX",
         help="side of the square input (default 224)",
@@ -143,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--threads",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="CPU threads of every variant (default: torch's own choice)",
     )
@@ -157,7 +164,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--seed",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="N",
         help="seed of weights, crops and labels (default 0)",
@@ -177,19 +184,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     time = parser.add_argument_group("how long")
     time.add_argument(
         "--rounds",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="rounds per dtype and mode; every variant runs once in each (default 12)",
     )
     time.add_argument(
         "--iters",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="steps that a variant runs in a round (default: what fills half a second)",
     )
     time.add_argument(
         "--seconds",
-        type=_positive_seconds,
+        type=positive("seconds"),
         metavar="S",
         help="stop the rounds of a dtype and mode after S seconds, 3 rounds at least "
         "(default: never; with --quick 6)",
