@@ -11,6 +11,7 @@ One file, one job, in the order in which a run uses them:
     engines.py      what a worker runs: torch eager, torch.compile, fastres, ONNX Runtime, OpenVINO
     saved.py        bytes that a forward pass saves for backward
     verify.py       errors against float64, and the rule they must pass
+    machine.py      copy bandwidth, matrix product rate, and the roofline they imply
     runner.py       starts workers, interleaves them round by round
     stats.py        medians and per-round ratios
     environment.py  the machine and the versions, for the record

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastres.bench.machine import Machine
 from fastres.bench.options import Case, Options, UsageError
 from fastres.bench.progress import Progress
 from fastres.bench.runner import WorkerError, WorkerProcess, take_turns, turn_iterations
@@ -167,15 +168,22 @@ def time_case(
     return case_result(case, options, iters, ordered, reasons, errors, saved)
 
 
+def measure(made: Fleet, case: Case, machine: Machine, progress: Progress) -> None:
+    """Copy bandwidth and matrix product rate, in eager's process; its end is told elsewhere."""
+    progress.step(f"{case.label}: measuring the machine")
+    with contextlib.suppress(WorkerError):
+        machine.add(case.dtype, made.request(EAGER.name, "machine", dtype=case.dtype))
+
+
 def units_of_work(options: Options) -> int:
-    """Steps of the progress bar: inputs, checks, warm-ups, turns."""
+    """Steps of the progress bar: inputs, checks, the machine twice a case, warm-ups, turns."""
     turns = sum(
         1
         for case in options.cases()
         for v in variants_for(options)
         if not_measured(v, case, options) is None
     )
-    return 1 + 2 * len(options.cases()) + turns * (1 + options.rounds)
+    return 1 + 4 * len(options.cases()) + turns * (1 + options.rounds)
 
 
 def print_checks(rows: list[Check], passed: bool) -> None:
@@ -224,9 +232,13 @@ def run(options: Options, argv: list[str]) -> int:
             if not passed:
                 print_checks(rows, passed)
                 return FAILED
-            cases = [
-                time_case(made, case, options, facts[case], progress) for case in options.cases()
-            ]
+            machine = Machine()
+            cases = []
+            for case in options.cases():
+                measure(made, case, machine, progress)
+                cases.append(time_case(made, case, options, facts[case], progress))
+                measure(made, case, machine, progress)
+        report.add_roofline(cases, options, machine)
         env = environment.gather(options.device, made.threads)
     result = {
         "schema_version": report.SCHEMA_VERSION,
@@ -239,7 +251,7 @@ def run(options: Options, argv: list[str]) -> int:
         "cases": cases,
     }
     line = environment.one_line(env)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     print_checks(rows, passed)
     report.print_result(result, console, line)
     report.write_json(result, options.json)

@@ -1,10 +1,11 @@
 """Results as a dict (schema below), a rich table and a JSON file.
 
 schema_version, command, options, inputs, environment, verification: [Check.to_dict()],
-cases: [{dtype, mode, batch, size, iters, best, best_malloc, variants: [
+cases: [{dtype, mode, batch, size, iters, best, best_malloc,
+    roofline: {rung, bandwidth, rate, bytes, flops (of a batch), img_per_s} or null, variants: [
     {name, status: "ok" | "failed" | "not measured", reason, seconds: [per step, by round],
      img_per_s, vs_eager, vs_best, vs_best_malloc: {median, q1, q3} or null,
-     errors, max_error, gradient_error, saved_bytes, saved_ratio}]}]
+     errors, max_error, gradient_error, saved_bytes, saved_ratio, percent_of_roofline}]}]
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from fastres.bench.machine import Machine, ceiling
+from fastres.bench.models import build_model
 from fastres.bench.options import Case, Options
 from fastres.bench.stats import best_of, speed_ratios
 
@@ -75,6 +78,24 @@ def case_result(
     }
 
 
+def add_roofline(cases: list[dict[str, Any]], options: Options, machine: Machine) -> None:
+    """Adds to every case its ceiling on the machine (null when it could not be measured), and to
+    every variant its img/s in percent of that."""
+    net = build_model(options.model)
+    for case in cases:
+        roof = ceiling(net, Case(case["dtype"], case["mode"]), options, machine)
+        case["roofline"] = roof
+        for row in case["variants"]:
+            speed = row["img_per_s"]
+            percent = 100 * speed / roof["img_per_s"] if roof and speed else None
+            row["percent_of_roofline"] = percent
+
+
+def _percent(row: dict[str, Any]) -> str:
+    value = row.get("percent_of_roofline")
+    return "-" if value is None else f"{value:.0f}%"
+
+
 def _ratio(value: dict[str, float] | None, quartiles: bool = False) -> str:
     if value is None:
         return "-"
@@ -106,6 +127,7 @@ def table(result: dict[str, Any]) -> Table:
     drawn.add_column("variant", no_wrap=True)
     for head in (
         "img/s",
+        "roof",
         "x eager [quartiles]",
         "x best",
         "x best+malloc",
@@ -121,13 +143,14 @@ def table(result: dict[str, Any]) -> Table:
             if row["status"] != "ok":
                 why = row["reason"] if row["status"] == "not measured" else "failed, see below"
                 drawn.add_row(
-                    label, row["name"], "-", why, "-", "-", _saved(row), "-", "-", style=style
+                    label, row["name"], "-", "-", why, "-", "-", _saved(row), "-", "-", style=style
                 )
                 continue
             drawn.add_row(
                 label,
                 row["name"],
                 f"{row['img_per_s']:,.1f}",
+                _percent(row),
                 "1.00x" if row["name"] == "eager" else _ratio(row["vs_eager"], quartiles=True),
                 _ratio(row["vs_best"]),
                 _ratio(row["vs_best_malloc"]),
@@ -161,9 +184,28 @@ def notes(result: dict[str, Any]) -> list[str]:
         "errors are relative, against float64: the largest of the outputs, the RMS of all "
         "gradients; saved: bytes kept for backward"
     )
+    said += _roofline_note(result["cases"])
     if any(case["dtype"] != "fp32" for case in result["cases"]):
         said.append("bf16 and fp16: autocast in every torch variant")
     return said
+
+
+def _roofline_note(cases: list[dict[str, Any]]) -> list[str]:
+    """What the roofline column is a percentage of."""
+    found = [(case, case["roofline"]) for case in cases if case.get("roofline")]
+    if not found:
+        return []
+    ceilings = ", ".join(
+        f"{case['dtype']} {case['mode']} {roof['img_per_s']:,.1f} (rung {roof['rung']})"
+        for case, roof in found
+    )
+    rates = {case["dtype"]: roof["rate"] for case, roof in found}
+    speeds = ", ".join(f"{dtype} {rate / 1e12:,.2f}" for dtype, rate in rates.items())
+    return [
+        f"roof: percent of the img/s that fastres's kernels would reach at the copy bandwidth "
+        f"({found[0][1]['bandwidth'] / 1e9:,.0f} GB/s) and matrix product rate (TFLOP/s: {speeds}) "
+        f"measured in this run: {ceilings}; docs/roofline.md"
+    ]
 
 
 def print_result(result: dict[str, Any], console: Console, environment_line: str) -> None:

@@ -2,6 +2,7 @@
 
     init     engine, options, fixture   -> threads
     check    dtype, mode                -> errors, facts
+    machine  dtype                      -> bandwidth, rate (machine.py)
     prepare  dtype, mode                -> errors, seconds of a step; the case is then warmed up
     run      iters                      -> seconds of all of them
     release                             -> nothing; the case's memory is given back
@@ -55,6 +56,11 @@ class Worker:
         self.release()
         return reply
 
+    def machine(self, dtype: str) -> dict[str, Any]:
+        from fastres.bench.machine import measure
+
+        return measure(self.options.device, dtype)
+
     def prepare(self, dtype: str, mode: str) -> dict[str, Any]:
         self._make(dtype, mode)
         # A training check costs a step; eager and fastres had theirs before the timing began.
@@ -89,7 +95,7 @@ def serve(requests: Any, answers: Any) -> None:
         request = json.loads(line)
         op = request.pop("op")
         try:
-            if op not in ("init", "check", "prepare", "run", "release"):
+            if op not in ("init", "check", "machine", "prepare", "run", "release"):
                 raise ValueError(f"unknown op '{op}'")
             reply = {"ok": True, **getattr(worker, op)(**request)}
         except Exception as error:  # reported in the table, with the traceback on stderr
