@@ -7,26 +7,32 @@ tensors."""
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from . import reference as ref
 from ._layout import outer_inner, rows
+from ._reference_conv import (
+    conv_bwd_pointwise,
+    conv_bwd_pointwise_why_not,
+    conv_dgrad,
+    conv_fprop,
+    conv_fprop_act,
+    conv_wgrad,
+    conv_why_not,
+)
+from ._reference_conv import gate_from_mask as _gate_from_mask
+from ._reference_conv import up as _up
 
 NAME = "reference"
 
-
-def _up(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _gate_from_mask(mask: Tensor, like: Tensor) -> Tensor:
-    outer, inner = outer_inner(like)
-    gate = torch.empty_like(like, dtype=torch.bool)
-    rows_view = (
-        gate.permute(0, 2, 3, 1) if like.is_contiguous(memory_format=torch.channels_last) else gate
-    )
-    rows_view.copy_(ref.unpack_mask(mask, inner).view(rows_view.shape))
-    return gate
+__all__ = [
+    "conv_bwd_pointwise",
+    "conv_bwd_pointwise_why_not",
+    "conv_dgrad",
+    "conv_fprop",
+    "conv_fprop_act",
+    "conv_wgrad",
+    "conv_why_not",
+]
 
 
 def _g(dz, mask, x, mean, rstd, gamma, beta, gate):

@@ -110,3 +110,52 @@ def bn_relu_maxpool_bwd_apply(
     from ._bn_relu_maxpool import bn_relu_maxpool_bwd_apply as run
 
     run(dx, dz, index, x, mean, rstd, gamma, dgamma, dbeta, kernel, stride, padding, training)
+
+
+def conv_why_not(x, weight, geometry):
+    """None when the conv kernels take this conv, otherwise the reason."""
+    from ._conv import why_not
+
+    return why_not(x, weight, geometry)
+
+
+def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
+    """y = conv(h) and its statistics, h = x or relu(normalise(x) + shortcut)."""
+    from ._conv_fprop import conv_fprop as run
+
+    run(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps)
+
+
+def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
+    """z = act(normalise(conv(x)) + residual)."""
+    from ._conv_fprop import conv_fprop_act as run
+
+    run(z, x, weight, geometry, norm, residual, relu)
+
+
+def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
+    """dx = gate(dgrad(dy) + dres), and the sums of the batch norm before the conv."""
+    from ._conv_dgrad import conv_dgrad as run
+
+    run(dx, sums, g, weight, geometry, bn, dres, prev)
+
+
+def conv_wgrad(dw, g, x, geometry, bn, norm):
+    """dw = wgrad(dy, h), h = x or relu(normalise(x))."""
+    from ._conv_wgrad import conv_wgrad as run
+
+    run(dw, g, x, geometry, bn, norm)
+
+
+def conv_bwd_pointwise_why_not(x, weight, geometry):
+    """None when conv_bwd_pointwise takes this conv, otherwise the reason."""
+    from ._conv_bwd_pointwise import why_not
+
+    return why_not(x, weight, geometry)
+
+
+def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, prev):
+    """conv_dgrad and conv_wgrad of a 1x1, stride 1 conv in one kernel."""
+    from ._conv_bwd_pointwise import conv_bwd_pointwise as run
+
+    run(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, prev)

@@ -33,7 +33,8 @@ class Arch:
 
     block_m, block_n: the tile of a dot, at most; num_warps of such a tile; row_bytes: bytes of the
     sum's step in one row; stages: buffers of the software pipeline; programs: a full device, twice
-    over; dw_elements: elements of dw one program of conv_bwd_pointwise may hold.
+    over; dw_elements: elements of dw one program of conv_bwd_pointwise may hold; stats_n: columns of
+    a tile whose epilogue takes statistics.
     """
 
     name: str
@@ -44,24 +45,25 @@ class Arch:
     stages: int
     programs: int
     dw_elements: int
+    stats_n: int
 
 
 ARCHS = {
     # 108 SMs, mma.sync: 64 x 64 a warp pair keeps the operand traffic from shared memory below its
     # bandwidth; 163 KB of shared memory hold two programs of 3 stages of 24 KB.
-    "sm_80": Arch("sm_80", 128, 128, 8, 128, 3, 2 * 108 * 2, 8192),
+    "sm_80": Arch("sm_80", 128, 64, 8, 128, 3, 2 * 108 * 2, 8192, 64),
     # 132 SMs, wgmma 64 x N x 16: 128 x 128 on two warpgroups is 64 accumulator registers a thread,
     # which leaves room for an epilogue with statistics; 4 stages of 32 KB are under half of 227 KB
     # only at 3. 128-byte rows are the swizzle that wgmma and TMA read without bank conflicts.
-    "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 2 * 132 * 2, 16384),
+    "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 2 * 132 * 2, 8192, 128),
     # 148 SMs, tcgen05: accumulators live in tensor memory (512 columns: two programs of 128 x 128
     # with room to spare), so the tile of sm_90 again.
-    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 2 * 148 * 2, 16384),
+    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 2 * 148 * 2, 8192, 64),
     # 304 CUs, mfma 32x32x8: 64 KB of LDS hold 2 stages of 128 x 32 twice.
-    "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 2 * 304, 8192),
+    "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 2 * 304, 4096, 64),
     # The interpreter pays per operation, not per element; small tiles so that small shapes have
     # several.
-    "interpreter": Arch("interpreter", 64, 32, 4, 128, 1, 6, 16384),
+    "interpreter": Arch("interpreter", 64, 32, 4, 128, 1, 6, 16384, 32),
 }
 
 
@@ -91,29 +93,37 @@ def _fit(size: int, most: int, least: int = 16) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 
 
-def _gemm(arch: Arch, rows: int, columns: int, summed: int, itemsize: int, tensors: int):
-    """A tile (pixels, columns, step). tensors: activations that the prologue reads for each
-    operand element."""
-    # fp32: half the elements in the same registers and bytes
-    most_n = arch.block_n if itemsize < 4 else arch.block_n // 2
-    block_n = _fit(columns, most_n)
-    # 64 columns only: a taller tile instead would double the registers of the prologue
-    block_m = _fit(rows, arch.block_m if itemsize < 4 else arch.block_m // 2)
-    block_k = _fit(summed, arch.row_bytes // itemsize)
-    warps = arch.num_warps if block_m * block_n >= 8192 else 4
-    # a second operand in the prologue is pipelined, too: one buffer less keeps two programs an SM
-    stages = max(arch.stages - (tensors > 1), 2) if arch.stages > 1 else 1
+def _gemm(
+    arch: Arch, geo, rows, columns, summed, itemsize, prologue: int, epilogue: int, stats: bool
+):
+    """The tile of a GEMM (rows, columns), whose prologue reads `prologue` tensors for its first
+    operand and whose epilogue reads `epilogue` tensors of the output's shape."""
+    half = itemsize == 4  # fp32: half the elements in the same registers and bytes
+    # 1x1 convs wait for memory: 64 rows on 4 warps are half the program at the same registers a
+    # thread, so that two on an SM overlap one's epilogue with the other's loads. A 3x3 reads each
+    # operand 9 times from L2 and shared memory: the larger tile.
+    most_m = arch.block_m // 2 if geo.pointwise or half else arch.block_m
+    most_n = arch.block_n // 2 if epilogue > 1 or half else arch.block_n  # registers: spills else
+    block_m = _fit(rows, most_m)
+    block_n = _fit(columns, min(most_n, arch.stats_n) if stats else most_n)
+    row_bytes = arch.row_bytes // 2 if prologue > 1 and epilogue != 1 else arch.row_bytes
+    block_k = _fit(summed, row_bytes // itemsize)
+    warps = arch.num_warps if block_m >= 128 else 4
+    # A second operand in the prologue is pipelined, too: one buffer less keeps two programs an SM.
+    stages = max(arch.stages - (prologue > 1), 2) if arch.stages > 1 else 1
     return ConvConfig(block_m, block_n, block_k, warps, stages)
 
 
-def fprop_config(geo, x, norm: bool, shortcut: bool) -> ConvConfig:
+def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
     arch = arch_of(x.device)
-    return _gemm(arch, geo.rows, geo.k, geo.c, x.element_size(), 2 if shortcut else 1)
+    return _gemm(arch, geo, geo.rows, geo.k, geo.c, x.element_size(), 1 + shortcut, 0, stats)
 
 
-def dgrad_config(geo, x, mode: str) -> ConvConfig:
+def dgrad_config(geo, x, mode: str, epilogue: int) -> ConvConfig:
+    """epilogue: tensors read there (dres, the previous raw y, the shortcut's)."""
     arch = arch_of(x.device)
-    return _gemm(arch, geo.rows, geo.c, geo.k, x.element_size(), 2 if mode == "bn" else 1)
+    prologue = 2 if mode == "bn" else 1
+    return _gemm(arch, geo, geo.rows, geo.c, geo.k, x.element_size(), prologue, epilogue, False)
 
 
 def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:

@@ -261,7 +261,8 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
     mode, y, vectors = norm_arguments(bn)
     previous = previous_arguments(prev)
     dres = (None, None) if dres is None else dres
-    config = dgrad_config(geo, dx, mode)
+    reads = (dres[0], previous[0], previous[-2])
+    config = dgrad_config(geo, dx, mode, sum(t is not None for t in reads))
     every = [
         (a, b, geo.n * a.size * b.size, cut(geo.n * a.size * b.size, geo.c, config))
         for a in phases(geo.h, geo.r, geo.stride[0], geo.padding[0], geo.dilation[0])

@@ -191,11 +191,11 @@ def _conv_fprop_kernel(
 _NONE = (None,) * 4
 
 
-def _run(y, part_of, z, mask, x, weight, geometry, norm, shortcut, out_norm, add, relu):
+def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, add, relu):
     geo = Geometry.of(x.shape, weight.shape, geometry)
-    config = fprop_config(geo, x, norm is not None, shortcut is not None)
+    config = fprop_config(geo, x, shortcut is not None, with_stats)
     plan = cut(geo.rows, geo.k, config)
-    part = workspace(2, plan, y) if part_of else None
+    part = workspace(2, plan, y) if with_stats else None
     c_units, c_align = units(geo.c)
     k_units, k_align = units(geo.k)
     res, res_norm = (None, None) if shortcut is None else shortcut

@@ -48,7 +48,7 @@ def test_export_keeps_the_fused_ops() -> None:
     x = batch()
     exported = torch.export.export(model, (x,))
     ops = [str(node.target) for node in exported.graph.nodes]
-    assert sum("fastres.residual_block" in op for op in ops) == 5
+    assert sum("fastres.residual_stage" in op for op in ops) == 5
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-5)
 

@@ -113,9 +113,9 @@ def test_opcheck() -> None:
             x, u.conv.weight, None, u.conv.geometry(), *vectors, True, 1e-5, r, *none, False, 0.0,
             True, True,
         ),
-        o.residual_block: (
-            x, [u.conv.weight, v.conv.weight], *columns, geometry, [True, False], [1e-5] * 2,
-            False, True,
+        o.residual_stage: (
+            x, [u.conv.weight, v.conv.weight], *columns, [1, 1], [False, False], geometry,
+            [True, False], [1e-5] * 2, "b", True,
         ),
         o.update_running_stats: (
             [bn.running_mean], [bn.running_var], [torch.rand(3, 8, generator=g)], [0.1], [72],

@@ -5,10 +5,11 @@ from .add_relu import add_relu
 from .bn_act import bn_add_relu, bn_relu
 from .bn_relu_maxpool import bn_relu_maxpool
 from .conv_bn import conv_bn, conv_bn_add_relu, conv_bn_relu
-from .residual_block import Unit, residual_block
+from .residual_stage import Block, Unit, residual_block, residual_stage
 
 __all__ = [
     "BatchNorm",
+    "Block",
     "Conv",
     "Unit",
     "add_relu",
@@ -19,4 +20,5 @@ __all__ = [
     "conv_bn_add_relu",
     "conv_bn_relu",
     "residual_block",
+    "residual_stage",
 ]

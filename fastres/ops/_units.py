@@ -126,10 +126,17 @@ def bn_statistics(
     if training:
         backends.select(x).bn_stats(stats[0], stats[1], stats[2], x, eps)
     else:
-        stats[0].copy_(running_mean)
-        stats[1].copy_(running_var)
-        torch.rsqrt(stats[1] + eps, out=stats[2])
+        running_statistics(stats, running_mean, running_var, eps)
     return stats
+
+
+def running_statistics(
+    stats: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> None:
+    """stats (3, C) from the running mean and variance."""
+    stats[0].copy_(running_mean)
+    stats[1].copy_(running_var)
+    torch.rsqrt(stats[1] + eps, out=stats[2])
 
 
 def normalise(

@@ -1,0 +1,533 @@
+"""A stage of residual blocks, forward and backward, on each rung of the fusion ladder.
+
+    b    vendor convs; one pass for the statistics, one for normalise (+ shortcut) + ReLU; the two
+         passes of each batch norm's backward, with 1-bit masks and the residual gradient folded in
+    c1   + statistics in the conv's epilogue, normalise + ReLU in the next conv's prologue; the ReLU
+         gate, the residual gradient and the sums of the batch norm before in dgrad's epilogue
+    c2   + the batch norm's backward in the prologues of dgrad and wgrad
+    d    + dgrad and wgrad of a 1x1 in one kernel; a block's output written on the way by the next
+         block's first conv
+
+A conv that the backend's kernels do not take (grouped, NCHW, a backend without convs) runs on the
+vendor's with the passes of rung b around it, whatever the rung: `vendor_reason` says why.
+Between the blocks of a stage the fusions of c1 and d reach across; the batch norm sums of a stage's
+last block, and its output, take their own pass."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres import backends
+from fastres._contract import Gradient, Normalise, NormGradient, Previous, Sums
+from fastres._contract import Shortcut as ShortcutArgument
+from fastres._layout import is_nhwc
+
+from ._units import (
+    GEOMETRY,
+    Norm,
+    Shortcut,
+    alloc_mask,
+    alloc_stats,
+    alloc_vectors,
+    bn_statistics,
+    cast,
+    conv_bwd,
+    conv_fwd,
+    dense,
+    in_format,
+    normalise,
+    running_statistics,
+    vector,
+)
+
+
+class Rung(NamedTuple):
+    """Which fusions a rung has on top of b's."""
+
+    conv: bool = False  # statistics, normalise, gate and sums in the convs
+    fold: bool = False  # the batch norm's backward in dgrad's and wgrad's prologue
+    joint: bool = False  # dgrad and wgrad in one kernel, the block's output as a side output
+
+
+RUNGS = {
+    "b": Rung(),
+    "c1": Rung(conv=True),
+    "c2": Rung(conv=True, fold=True),
+    "d": Rung(conv=True, fold=True, joint=True),
+}
+
+
+class Stage(NamedTuple):
+    """The shape of a stage. Units (a conv and its batch norm) are numbered block by block, a
+    block's projection after its main branch."""
+
+    main: list[int]  # units of each block's main branch
+    projection: list[bool]
+    geometry: list[int]  # GEOMETRY ints a unit
+    training: list[bool]  # of each batch norm
+    eps: list[float]
+    fusion: str
+
+    def of_unit(self, i: int) -> list[int]:
+        return self.geometry[GEOMETRY * i : GEOMETRY * (i + 1)]
+
+    def first_units(self) -> list[int]:
+        """The number of each block's first unit."""
+        first, out = 0, []
+        for main, projection in zip(self.main, self.projection, strict=True):
+            out.append(first)
+            first += main + projection
+        return out
+
+
+def vendor_reason(backend: ModuleType, x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
+    """Why a conv runs on the vendor's kernels on rungs c1 and up; None when it runs fused."""
+    if not hasattr(backend, "conv_why_not"):
+        return f"the {backend.NAME} backend has no fused convolutions"
+    return backend.conv_why_not(x, weight, geometry)
+
+
+class Pending(NamedTuple):
+    """relu(normalise(y) + shortcut), not computed yet."""
+
+    y: Tensor
+    norm: Norm
+    shortcut: Shortcut | None = None
+
+
+def _vectors(norm: Norm) -> Normalise:
+    return Normalise(norm.mean, norm.rstd, norm.gamma, norm.beta)
+
+
+def _argument(shortcut: Shortcut | None) -> ShortcutArgument | None:
+    if shortcut is None:
+        return None
+    norm = None if shortcut.norm is None else _vectors(shortcut.norm)
+    return ShortcutArgument(shortcut.x, norm)
+
+
+def conv_output(x: Tensor, weight: Tensor, geometry: list[int]) -> Tensor:
+    """Uninitialised y of the fused convs: channels_last."""
+    sh, sw, ph, pw, dh, dw, _ = geometry
+    n, _, h, w = x.shape
+    k, _, r, s = weight.shape
+    p = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1
+    q = (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
+    return torch.empty(
+        (n, k, p, q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+class Forward:
+    """One forward pass; ys, stats, zs and masks fill up as it goes."""
+
+    def __init__(self, x, weights, gammas, betas, running_means, running_vars, stage, save):
+        self.backend = backends.select(x)
+        self.rung = RUNGS[stage.fusion]
+        self.weights, self.gammas, self.betas = weights, gammas, betas
+        self.running_means, self.running_vars = running_means, running_vars
+        self.stage, self.save = stage, save
+        count = len(weights)
+        self.ys: list[Tensor] = [x] * count
+        self.stats: list[Tensor] = [x] * count
+        self.zs: list[Tensor] = []
+        self.masks: list[Tensor] = []
+
+    def fused(self, x: Tensor, i: int) -> bool:
+        """Whether unit i runs on the backend's own conv."""
+        return self.rung.conv and (
+            vendor_reason(self.backend, x, self.weights[i], self.stage.of_unit(i)) is None
+        )
+
+    def norm(self, i: int) -> Norm:
+        y = self.ys[i]
+        return Norm(self.stats[i], vector(self.gammas[i], y), vector(self.betas[i], y))
+
+    def finish(self, pending: Pending) -> Tensor:
+        """The tensor itself; kept, with its mask, where it is a block's output. Without a backward
+        to come it is written over y."""
+        y, norm, shortcut = pending
+        out = None if self.save else y
+        z, mask = normalise(y, norm, True, self.save and shortcut is not None, shortcut, out)
+        if shortcut is not None:
+            self.zs.append(z)
+            self.masks.append(mask)
+        return z
+
+    def unit(self, i: int, source: Tensor | Pending) -> tuple[Pending, Tensor]:
+        """Conv i on `source`, and y's statistics; returns what follows and the conv's input where
+        that was computed, otherwise the raw tensor it is a function of."""
+        stage = self.stage
+        geometry, training, eps = stage.of_unit(i), stage.training[i], stage.eps[i]
+        raw = source.y if isinstance(source, Pending) else source
+        fused = self.fused(raw, i)
+        crosses = isinstance(source, Pending) and source.shortcut is not None
+        if crosses and not (fused and self.rung.joint and _pointwise(self.weights[i], geometry)):
+            fused_source: Tensor | Pending = self.finish(source)  # type: ignore[arg-type]
+        elif isinstance(source, Pending) and not fused:
+            fused_source = self.finish(source)
+        else:
+            fused_source = source
+        running = self.running_means[i], self.running_vars[i]
+        if not fused:
+            h = fused_source
+            assert isinstance(h, Tensor)
+            y = dense(conv_fwd(h, self.weights[i], None, geometry), "residual_block conv output")
+            self.ys[i] = y
+            self.stats[i] = bn_statistics(y, training, *running, eps)
+            return Pending(y, self.norm(i)), h
+        weight = cast(self.weights[i], raw)
+        y = conv_output(raw, weight, geometry)
+        stats = alloc_stats(y)
+        h, norm, shortcut, z, mask = raw, None, None, None, None
+        if isinstance(fused_source, Tensor):
+            h = fused_source
+        else:
+            norm, shortcut = _vectors(fused_source.norm), _argument(fused_source.shortcut)
+            if shortcut is not None:
+                z = torch.empty_like(raw)
+                mask = alloc_mask(raw, self.save)
+                self.zs.append(z)
+                self.masks.append(mask)
+                mask = mask if self.save else None
+        self.backend.conv_fprop(
+            y, stats if training else None, z, mask, h, weight, geometry, norm, shortcut, eps
+        )
+        if not training:
+            running_statistics(stats, *running, eps)
+        self.ys[i], self.stats[i] = y, stats
+        return Pending(y, self.norm(i)), h if z is None else z
+
+    def run(self, x: Tensor) -> Tensor:
+        source: Tensor | Pending = x
+        stage = self.stage
+        for first, main, projection in zip(
+            stage.first_units(), stage.main, stage.projection, strict=True
+        ):
+            # 1. main branch; its first conv may compute the block's input on the way
+            pending, x = self.unit(first, source)
+            for i in range(first + 1, first + main):
+                pending, _ = self.unit(i, pending)
+            # 2. shortcut
+            y = pending.y
+            if projection:
+                other, _ = self.unit(first + main, x)
+                y_s = in_format(other.y, is_nhwc(y), "residual_block shortcut")
+                shortcut = Shortcut(y_s, other.norm)
+            else:
+                shortcut = Shortcut(in_format(x, is_nhwc(y), "residual_block shortcut"))
+            # 3. normalise, add, ReLU: now, or in the next block's first conv
+            source = pending._replace(shortcut=shortcut)
+        assert isinstance(source, Pending)
+        return self.finish(source)
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Fixed statistics and no backward: normalise, add and ReLU in the convs' epilogue."""
+        stage = self.stage
+        for first, main, projection in zip(
+            stage.first_units(), stage.main, stage.projection, strict=True
+        ):
+            residual = self.act_unit(first + main, x, None, False) if projection else x
+            for i in range(first, first + main - 1):
+                x = self.act_unit(i, x, None, True)
+            x = self.act_unit(first + main - 1, x, residual, True)
+        return x
+
+    def act_unit(self, i: int, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """act(normalise(conv i of x) + residual) with the running statistics."""
+        geometry = self.stage.of_unit(i)
+        weight = cast(self.weights[i], x)
+        fused = self.fused(x, i)
+        y = conv_output(x, weight, geometry) if fused else conv_fwd(x, weight, None, geometry)
+        y = dense(y, "residual_block conv output")
+        self.ys[i], self.stats[i] = y, alloc_stats(y)
+        running_statistics(
+            self.stats[i], self.running_means[i], self.running_vars[i], self.stage.eps[i]
+        )
+        if residual is not None:
+            residual = in_format(residual, is_nhwc(y), "residual_block shortcut")
+        if fused:
+            self.backend.conv_fprop_act(
+                y, x, weight, geometry, _vectors(self.norm(i)), residual, relu
+            )
+            return y
+        shortcut = None if residual is None else Shortcut(residual)
+        return normalise(y, self.norm(i), relu, False, shortcut, out=y)[0]
+
+
+def _pointwise(weight: Tensor, geometry: list[int]) -> bool:
+    return tuple(weight.shape[2:]) == (1, 1) and geometry[:4] == [1, 1, 0, 0]
+
+
+def forward(
+    x, weights, gammas, betas, running_means, running_vars, stage: Stage, save: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """(z, the outputs of all blocks but the last, masks, ys, stats); what a backward needs only
+    when `save`."""
+    x = dense(x, "residual_block")
+    run = Forward(x, weights, gammas, betas, running_means, running_vars, stage, save)
+    if run.rung.conv and not save and not any(stage.training):
+        return run.infer(x), [], [], [], run.stats
+    z = run.run(x)
+    if save:
+        return z, run.zs[:-1], run.masks, run.ys, run.stats
+    return z, [], [], [], run.stats
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
+class Incoming(NamedTuple):
+    """The gradient of relu(normalise(y) + shortcut): gate(dz), gate as in docs/kernels.md, with the
+    batch norm's sums where they are known."""
+
+    dz: Tensor
+    gate: str
+    mask: Tensor | None = None
+    sums: Sums | None = None
+    owned: bool = True  # dz may be written over
+
+
+class Backward:
+    """One backward pass; dws, dgammas and dbetas fill up as it goes."""
+
+    def __init__(self, like, weights, gammas, betas, ys, stats, stage, need_dw):
+        self.backend = backends.select(like)
+        self.rung = RUNGS[stage.fusion]
+        self.weights, self.ys, self.stage, self.need_dw = weights, ys, stage, need_dw
+        self.norms = [
+            Norm(st, vector(g, like), vector(b, like))
+            for st, g, b in zip(stats, gammas, betas, strict=True)
+        ]
+        empty = stats[0].new_empty(0)
+        self.dws, self.dgammas, self.dbetas = ([empty] * len(weights) for _ in range(3))
+
+    def fused(self, x: Tensor, i: int) -> bool:
+        return self.rung.conv and (
+            vendor_reason(self.backend, x, self.weights[i], self.stage.of_unit(i)) is None
+        )
+
+    def sums(self, i: int, incoming: Incoming, shortcut: Shortcut | None) -> Sums:
+        """The sums of unit i's batch norm (and the shortcut's), by their own pass if need be."""
+        if incoming.sums is not None:
+            return incoming.sums
+        y, norm = self.ys[i], self.norms[i]
+        dual = shortcut is not None and shortcut.norm is not None
+        sums = Sums(*alloc_vectors(y, 3 if dual else 2))
+        res = res_norm = None
+        if dual:
+            res, res_norm = shortcut  # type: ignore[misc]
+        res_vectors = (None, None) if res_norm is None else (res_norm.mean, res_norm.rstd)
+        self.backend.bn_bwd_reduce(
+            sums.dgamma, sums.dbeta, sums.res_dgamma, incoming.dz, incoming.mask, y,
+            norm.mean, norm.rstd, norm.gamma, norm.beta, res, *res_vectors, incoming.gate,
+        )  # fmt: skip
+        return sums
+
+    def apply(
+        self, i: int, incoming: Incoming, dgamma: Tensor, dbeta: Tensor, out: Tensor | None
+    ) -> Tensor:
+        """dy of unit i's conv output, by its own pass."""
+        y, norm = self.ys[i], self.norms[i]
+        dy = torch.empty_like(y) if out is None else out
+        self.backend.bn_bwd_apply(
+            dy, None, incoming.dz, incoming.mask, y, norm.mean, norm.rstd, norm.gamma, norm.beta,
+            dgamma, dbeta, None, None, None, None, None, incoming.gate, self.stage.training[i],
+            False,
+        )  # fmt: skip
+        return dy
+
+    def apply_dual(self, i: int, j: int, incoming: Incoming, sums: Sums) -> tuple[Tensor, Tensor]:
+        """dy of unit i and of the projection's unit j, in one pass."""
+        y, norm, y_s, norm_s = self.ys[i], self.norms[i], self.ys[j], self.norms[j]
+        y_s = in_format(y_s, is_nhwc(y), "residual_block backward shortcut")
+        dy, dy_s = torch.empty_like(y), torch.empty_like(y)
+        self.backend.bn_bwd_apply(
+            dy, dy_s, incoming.dz, incoming.mask, y, norm.mean, norm.rstd, norm.gamma, norm.beta,
+            sums.dgamma, sums.dbeta, y_s, norm_s.mean, norm_s.rstd, norm_s.gamma, sums.res_dgamma,
+            incoming.gate, self.stage.training[i], self.stage.training[j],
+        )  # fmt: skip
+        return dy, dy_s
+
+    def folds(self, i: int, incoming: Incoming, x: Tensor) -> bool:
+        """Whether unit i's conv forms dy itself."""
+        return self.rung.fold and incoming.gate != "recompute" and self.fused(x, i)
+
+    def conv(
+        self,
+        i: int,
+        g: Gradient,
+        bn: NormGradient | None,
+        source: Tensor | Pending,
+        dres: Gradient | None = None,
+        prev: Previous | None = None,
+        need_dx: bool = True,
+    ) -> Incoming | None:
+        """Backward of conv i: dw, and the gradient of its input, + dres, gated by what produced the
+        input (prev), with the sums of the batch norm there. bn: g is the gradient of the batch norm
+        behind the conv, not dy. source: the conv's input."""
+        geometry = self.stage.of_unit(i)
+        need_dw = self.need_dw[i]
+        raw = source.y if isinstance(source, Pending) else source
+        if not self.fused(raw, i):
+            assert bn is None
+            h = source
+            if isinstance(source, Pending):
+                h, _ = normalise(source.y, source.norm, relu=True)
+            dx, dw = conv_bwd(g.dz, h, self.weights[i], geometry, need_dx, need_dw)
+            if dw is not None:
+                self.dws[i] = dw
+            return None if dx is None else self.by_passes(dx, raw, dres, prev)
+        weight = cast(self.weights[i], raw)
+        norm = _vectors(source.norm) if isinstance(source, Pending) else None
+        dw = torch.empty_like(weight) if need_dw else None
+        dx = torch.empty_like(raw) if need_dx else None
+        sums = None
+        if need_dx and prev is not None:
+            dual = prev.shortcut is not None and prev.shortcut.norm is not None
+            sums = Sums(*alloc_vectors(raw, 3 if dual else 2))
+        if (
+            self.rung.joint
+            and need_dx
+            and need_dw
+            and self.backend.conv_bwd_pointwise_why_not(raw, weight, geometry) is None
+        ):
+            self.backend.conv_bwd_pointwise(
+                dx, sums, dw, g, raw, weight, geometry, bn, norm, dres, prev
+            )
+        else:
+            if need_dx:
+                self.backend.conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev)
+            if need_dw:
+                self.backend.conv_wgrad(dw, g, raw, geometry, bn, norm)
+        if dw is not None:
+            self.dws[i] = dw.to(self.weights[i].dtype)
+        if dx is None:
+            return None
+        return Incoming(dx, "none", None, sums)
+
+    def by_passes(
+        self, dx: Tensor, raw: Tensor, dres: Gradient | None, prev: Previous | None
+    ) -> Incoming:
+        """What the epilogue of a fused dgrad does, after a vendor's."""
+        if dres is not None:
+            dx = in_format(dx, is_nhwc(dres.dz), "residual_block backward shortcut")
+            if dres.mask is None:
+                dx = dx.add_(dres.dz)
+            else:
+                self.backend.relu_bwd(dx, dx, dres.dz, dres.mask)
+        if prev is None:
+            return Incoming(dx, "none")
+        dx = in_format(dx, is_nhwc(raw), "residual_block backward")
+        return Incoming(dx, "recompute" if prev.mask is None else "mask", prev.mask)
+
+    def gradient(
+        self, i: int, incoming: Incoming, dgamma: Tensor, dbeta: Tensor, raw: Tensor, inplace: bool
+    ) -> tuple[Gradient, NormGradient | None]:
+        """dy of unit i as its conv takes it: to be formed there, or formed here."""
+        if self.folds(i, incoming, raw):
+            bn = NormGradient(
+                self.ys[i], _vectors(self.norms[i]), dgamma, dbeta, self.stage.training[i]
+            )
+            return Gradient(incoming.dz, incoming.mask), bn
+        out = incoming.dz if inplace else None
+        return Gradient(self.apply(i, incoming, dgamma, dbeta, out)), None
+
+    def block(
+        self,
+        first: int,
+        main: int,
+        projection: bool,
+        incoming: Incoming,
+        x: Tensor,
+        before: Previous | None,
+        need_dx: bool,
+    ) -> Incoming | None:
+        """Backward of a block on its input x; before: what produced x, where the gate and the sums
+        of that are wanted."""
+        last, proj = first + main - 1, first + main
+        y = self.ys[last]
+        # 1. the last batch norm, and the shortcut's
+        shortcut = None
+        if projection:
+            y_s = in_format(self.ys[proj], is_nhwc(y), "residual_block backward shortcut")
+            shortcut = Shortcut(y_s, self.norms[proj])
+        sums = self.sums(last, incoming, shortcut)
+        self.dgammas[last], self.dbetas[last] = sums.dgamma, sums.dbeta
+        raw = self.ys[last - 1] if main > 1 else x
+        g_s: Gradient | None = None
+        bn_s = None
+        if projection:
+            assert sums.res_dgamma is not None
+            self.dgammas[proj], self.dbetas[proj] = sums.res_dgamma, sums.dbeta.clone()
+            if self.folds(last, incoming, raw) or self.folds(proj, incoming, x):
+                g, bn = self.gradient(last, incoming, sums.dgamma, sums.dbeta, raw, False)
+                g_s, bn_s = self.gradient(
+                    proj, incoming, sums.res_dgamma, sums.dbeta, x, False
+                )
+            else:
+                dy, dy_s = self.apply_dual(last, proj, incoming, sums)
+                g, bn, g_s = Gradient(dy), None, Gradient(dy_s)
+        else:
+            g, bn = self.gradient(last, incoming, sums.dgamma, sums.dbeta, raw, False)
+        # 2. the shortcut's gradient of x
+        dres = None
+        if g_s is None:
+            dres = Gradient(incoming.dz, incoming.mask)
+        else:
+            dx_s = self.conv(proj, g_s, bn_s, x, need_dx=need_dx)
+            dres = None if dx_s is None else Gradient(dx_s.dz)
+        # 3. main branch, last conv to first
+        gradient: Incoming | None = None
+        for i in range(last, first - 1, -1):
+            inner = i > first
+            source: Tensor | Pending = x
+            prev = before
+            if inner:
+                source = Pending(self.ys[i - 1], self.norms[i - 1])
+                prev = Previous(self.ys[i - 1], _vectors(self.norms[i - 1]))
+            if i < last:
+                assert gradient is not None
+                s = self.sums(i, gradient, None)
+                self.dgammas[i], self.dbetas[i] = s.dgamma, s.dbeta
+                raw = source.y if isinstance(source, Pending) else source
+                g, bn = self.gradient(i, gradient, s.dgamma, s.dbeta, raw, True)
+            gradient = self.conv(
+                i, g, bn, source, None if inner else dres, prev, inner or need_dx
+            )
+        return gradient
+
+
+def backward(
+    dz, x, zs, masks, weights, gammas, betas, ys, stats, stage: Stage, need_dx: bool, need_dw
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """(dx, dweights, dgammas, dbetas); an empty tensor where a gradient is not needed."""
+    x = dense(x, "residual_block backward")
+    run = Backward(x, weights, gammas, betas, ys, stats, stage, need_dw)
+    inputs = [x, *zs]
+    firsts = stage.first_units()
+    lasts = [first + main - 1 for first, main in zip(firsts, stage.main, strict=True)]
+    dz = in_format(dz, is_nhwc(ys[lasts[-1]]), "residual_block backward")
+    incoming: Incoming | None = Incoming(dz, "mask", masks[-1], owned=False)
+    for b in range(len(firsts) - 1, -1, -1):
+        before = None
+        if b > 0:
+            # what produced this block's input: the block before
+            first, last = firsts[b - 1], lasts[b - 1]
+            res = ShortcutArgument(inputs[b - 1])
+            if stage.projection[b - 1]:
+                proj = first + stage.main[b - 1]
+                y_s = in_format(ys[proj], is_nhwc(ys[last]), "residual_block backward shortcut")
+                res = ShortcutArgument(y_s, _vectors(run.norms[proj]))
+            before = Previous(ys[last], _vectors(run.norms[last]), masks[b - 1], res)
+        assert incoming is not None
+        incoming = run.block(
+            firsts[b], stage.main[b], stage.projection[b], incoming, inputs[b], before,
+            need_dx or b > 0,
+        )  # fmt: skip
+    dx = stats[0].new_empty(0) if incoming is None else incoming.dz
+    return dx, run.dws, run.dgammas, run.dbetas

@@ -1,0 +1,410 @@
+"""A stage: residual blocks one after another, as one autograd node (He et al. 2015, figures 2, 5).
+
+    h_0 = x;   y_i = conv_i(h_{i-1});   h_i = relu(bn_i(y_i)), i < K
+    z = relu(bn_K(y_K) + s),   s = x, or bn_s(conv_s(x));   the next block's x is z
+
+K = 2 is the basic block, K = 3 the bottleneck; any K >= 1 works. Saved for the backward: x, the blocks' outputs, the
+raw conv outputs y_i, (mean, var, rstd) a batch norm, one bit an element of z. The normalised h_i are
+recomputed in the backward, which is what brings saved bytes of a ResNet-50 below 0.8 of eager's.
+`fusion` is the rung of the ladder: see fastres/ops/_ladder.py and fastres.roofline."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres import backends
+
+from ._args import BatchNorm, Conv, check_activation, check_bn, check_conv, conv_out_shape
+from ._ladder import RUNGS, Stage, backward, conv_output, forward, vendor_reason
+from ._library import define, plain_eager, refuse_double_backward
+from ._units import (
+    alloc_mask,
+    alloc_stats,
+    alloc_vectors,
+    cast,
+    conv_bwd,
+    conv_fwd,
+    dense,
+    needs_grad,
+)
+from .running_stats import update_running_stats
+
+
+class Unit(NamedTuple):
+    """One conv and its batch norm."""
+
+    conv: Conv
+    bn: BatchNorm
+
+
+class Block(NamedTuple):
+    """A residual block: K >= 1 units, and the projection of the shortcut (None: the identity)."""
+
+    units: list[Unit]
+    shortcut: Unit | None = None
+
+
+def _residual_stage(
+    x: Tensor,
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    main: list[int],
+    projection: list[bool],
+    geometry: list[int],
+    training: list[bool],
+    eps: list[float],
+    fusion: str,
+    save: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    stage = Stage(main, projection, geometry, training, eps, fusion)
+    return forward(x, weights, gammas, betas, running_means, running_vars, stage, save)
+
+
+def _fuses(stage: Stage, x: Tensor, weight: Tensor, i: int) -> bool:
+    """Whether unit i runs on the backend's own conv, for fake tensors."""
+    if not RUNGS[stage.fusion].conv:
+        return False
+    return vendor_reason(backends.select(x), x, weight, stage.of_unit(i)) is None
+
+
+def _residual_stage_fake(
+    x,
+    weights,
+    gammas,
+    betas,
+    running_means,
+    running_vars,
+    main,
+    projection,
+    geometry,
+    training,
+    eps,
+    fusion,
+    save,
+):
+    stage = Stage(main, projection, geometry, training, eps, fusion)
+    x = dense(x, "residual_block")
+    ys, zs = [], []
+
+    def conv(i, h):
+        if _fuses(stage, h, weights[i], i):
+            y = conv_output(h, cast(weights[i], h), stage.of_unit(i))
+        else:
+            y = conv_fwd(h, weights[i], None, stage.of_unit(i))
+        ys.append(dense(y, "residual_block conv output"))
+        return ys[-1]
+
+    for first, count, proj in zip(stage.first_units(), main, projection, strict=True):
+        h = x
+        for i in range(first, first + count):
+            h = conv(i, h)
+        if proj:
+            conv(first + count, x)
+        x = torch.empty_like(h)
+        zs.append(x)
+    stats = [alloc_stats(y) for y in ys]
+    if not save:
+        return x, [], [], [], stats
+    return x, zs[:-1], [alloc_mask(z, True) for z in zs], ys, stats
+
+
+def _residual_stage_bwd(
+    dz: Tensor,
+    x: Tensor,
+    zs: list[Tensor],
+    masks: list[Tensor],
+    weights: list[Tensor],
+    gammas: list[Tensor],
+    betas: list[Tensor],
+    ys: list[Tensor],
+    stats: list[Tensor],
+    main: list[int],
+    projection: list[bool],
+    geometry: list[int],
+    training: list[bool],
+    fusion: str,
+    need_dx: bool,
+    need_dw: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    stage = Stage(main, projection, geometry, training, [], fusion)
+    return backward(
+        dz, x, zs, masks, weights, gammas, betas, ys, stats, stage, need_dx, need_dw
+    )
+
+
+def _residual_stage_bwd_fake(
+    dz,
+    x,
+    zs,
+    masks,
+    weights,
+    gammas,
+    betas,
+    ys,
+    stats,
+    main,
+    projection,
+    geometry,
+    training,
+    fusion,
+    need_dx,
+    need_dw,
+):
+    stage = Stage(main, projection, geometry, training, [], fusion)
+    none = stats[0].new_empty(0)
+    inputs = [dense(x, "residual_block backward"), *zs]
+    dx = none
+    dws = [none] * len(weights)
+    for b, first in enumerate(stage.first_units()):
+        for i in range(first, first + main[b] + projection[b]):
+            of_x = i == first or i == first + main[b]
+            h = inputs[b] if of_x else ys[i - 1]
+            need_dh = need_dx and i == 0
+            if _fuses(stage, h, weights[i], i):
+                dh = torch.empty_like(h) if need_dh else None
+                dw = torch.empty_like(cast(weights[i], h)) if need_dw[i] else None
+                dw = None if dw is None else dw.to(weights[i].dtype)
+            else:
+                dh, dw = conv_bwd(ys[i], h, weights[i], stage.of_unit(i), need_dh, need_dw[i])
+            dx = dh if dh is not None else dx
+            dws[i] = none.clone() if dw is None else dw
+    vectors = [alloc_vectors(y, 2) for y in ys]
+    return (
+        none.clone() if not need_dx else dx,
+        dws,
+        [v[0] for v in vectors],
+        [v[1] for v in vectors],
+    )
+
+
+def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    x, weights, gammas, betas, _, _, *config, _, ctx.fusion, ctx.save = inputs
+    ctx.config = config
+    _, zs, masks, ys, stats = output
+    ctx.units, ctx.blocks = len(weights), len(masks)
+    ctx.mark_non_differentiable(*zs, *masks, *ys, *stats)
+    ctx.save_for_backward(x, *zs, *masks, *weights, *gammas, *betas, *ys, *stats)
+
+
+def _saved(tensors: Any, units: int, blocks: int) -> tuple:
+    """(x, zs, masks, weights, gammas, betas, ys, stats) from the flat saved tensors."""
+    x, *rest = tensors
+    zs, masks, rest = rest[: blocks - 1], rest[blocks - 1 : 2 * blocks - 1], rest[2 * blocks - 1 :]
+    return x, list(zs), list(masks), *_columns(rest, units)
+
+
+def _columns(tensors: Any, n: int) -> Any:
+    """The five lists of n tensors in the flat arguments."""
+    return tuple(list(tensors[i * n : (i + 1) * n]) for i in range(5))
+
+
+def _backward(ctx, dz, *_):
+    if not ctx.save:
+        raise RuntimeError("fastres::residual_stage was called with save=False; it has no backward")
+    saved = _saved(ctx.saved_tensors, ctx.units, ctx.blocks)
+    _, _, _, _, gammas, betas, *_ = saved
+    n = ctx.units
+    need_x, need_w = ctx.needs_input_grad[0], list(ctx.needs_input_grad[1])
+    dx, dws, dgammas, dbetas = torch.ops.fastres.residual_stage_bwd(
+        dz, *saved, *ctx.config, ctx.fusion, need_x, need_w
+    )
+    return (
+        dx if need_x else None,
+        [dw if need else None for dw, need in zip(dws, need_w, strict=True)],
+        [d.to(g.dtype) for d, g in zip(dgammas, gammas, strict=True)],
+        [d.to(b.dtype) for d, b in zip(dbetas, betas, strict=True)],
+        [None] * n, [None] * n, *([None] * 7),
+    )  # fmt: skip
+
+
+define(
+    "residual_stage_bwd(Tensor dz, Tensor x, Tensor[] zs, Tensor[] masks, Tensor[] weights, "
+    "Tensor[] gammas, Tensor[] betas, Tensor[] ys, Tensor[] stats, int[] main, bool[] projection, "
+    "int[] geometry, bool[] training, str fusion, bool need_dx, bool[] need_dw) "
+    "-> (Tensor dx, Tensor[] dweights, Tensor[] dgammas, Tensor[] dbetas)",
+    _residual_stage_bwd,
+    _residual_stage_bwd_fake,
+    *refuse_double_backward("residual_stage"),
+)
+define(
+    "residual_stage(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] "
+    "running_means, Tensor[] running_vars, int[] main, bool[] projection, int[] geometry, "
+    "bool[] training, float[] eps, str fusion, bool save) "
+    "-> (Tensor z, Tensor[] zs, Tensor[] masks, Tensor[] ys, Tensor[] stats)",
+    _residual_stage,
+    _residual_stage_fake,
+    _setup,
+    _backward,
+)
+
+
+class _EagerNode(torch.autograd.Function):
+    """The op's node without the dispatcher: what plain eager training runs.
+
+    Through torch.library a block costs 0.6 ms of host time forward and 1.0 ms backward (lists of
+    tensors are flattened and rebuilt in Python), this way a fraction. Same implementation, same
+    backward; torch.compile, export and dispatch modes go through the registered op."""
+
+    @staticmethod
+    def forward(ctx, stage, update, x, *tensors):
+        n = len(stage.training)
+        z, zs, masks, ys, stats = forward(x, *_columns(tensors, n), stage, True)
+        update(stats)
+        ctx.stage, ctx.blocks = stage, len(masks)
+        ctx.save_for_backward(x, *zs, *masks, *tensors[: 3 * n], *ys, *stats)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        stage = ctx.stage
+        n = len(stage.training)
+        saved = _saved(ctx.saved_tensors, n, ctx.blocks)
+        _, _, _, _, gammas, betas, *_ = saved
+        need_x, need_w = ctx.needs_input_grad[2], list(ctx.needs_input_grad[3 : 3 + n])
+        # under create_graph the registered op records a node that refuses to be differentiated
+        op = (
+            torch.ops.fastres.residual_stage_bwd if torch.is_grad_enabled() else _residual_stage_bwd
+        )
+        config = stage.main, stage.projection, stage.geometry, stage.training, stage.fusion
+        dx, dws, dgammas, dbetas = op(dz, *saved, *config, need_x, need_w)
+        return (
+            None, None,
+            dx if need_x else None,
+            *(dw if need else None for dw, need in zip(dws, need_w, strict=True)),
+            *(d.to(g.dtype) for d, g in zip(dgammas, gammas, strict=True)),
+            *(d.to(b.dtype) for d, b in zip(dbetas, betas, strict=True)),
+            *([None] * (2 * n)),
+        )  # fmt: skip
+
+
+def residual_block(
+    x: Tensor, units: list[Unit], shortcut: Unit | None = None, fusion: str | None = None
+) -> Tensor:
+    """relu(bn_K(conv_K(... relu(bn_1(conv_1(x))))) + s), s = x or bn_s(conv_s(x)): one autograd
+    node.
+
+    x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or
+    contiguous. units: the K >= 1 convs (without bias) with their batch norms; weights of another
+    dtype are used in x's. shortcut: the projection's conv and batch norm; None for the identity,
+    which needs the output to have x's shape. fusion: the rung of the ladder, "b", "c1", "c2" or "d"
+    (None: "b"). Running statistics of training batch norms are updated in place. Returns z in the
+    convs' output layout. Raises ValueError or TypeError that names the argument, before anything is
+    computed; BackendError where `fusion` asks for convs that the backend does not have."""
+    return _run("residual_block", x, [Block(units, shortcut)], fusion)
+
+
+def residual_stage(x: Tensor, blocks: list[Block], fusion: str | None = None) -> Tensor:
+    """Residual blocks one after another as one autograd node, so that rungs c1, c2 and d also fuse
+    across the blocks' borders.
+
+    Arguments and errors of each block as in `residual_block`; the outputs between the blocks are
+    not returned. Returns the last block's z."""
+    return _run("residual_stage", x, blocks, fusion)
+
+
+def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
+    """The rung's name; an error where it does not exist, or x's backend cannot run it."""
+    if fusion is None:
+        return "b"
+    if fusion not in RUNGS:
+        raise ValueError(f"{op}: unknown fusion {fusion!r}; known: {', '.join(RUNGS)}")
+    if RUNGS[fusion].conv:
+        backend = backends.select(x)
+        if not hasattr(backend, "conv_fprop"):
+            raise backends.BackendError(
+                f'{op}: fusion="{fusion}" needs fused convolutions, which the {backend.NAME} backend '
+                f'does not have; use fusion="b" on {x.device.type} tensors'
+            )
+    return fusion
+
+
+def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
+    check_activation(op, "x", x)
+    if not blocks:
+        raise ValueError(f"{op}: blocks is empty; at least one is needed")
+    every: list[Unit] = []
+    shapes: list[tuple[int, ...]] = []
+    shape: tuple[int, ...] = tuple(x.shape)
+    for b, (units, shortcut) in enumerate(blocks):
+        where = op if op == "residual_block" else f"{op}: blocks[{b}]"
+        shape = _check_block(where, x, shape, units, shortcut, shapes)
+        every += units
+        if shortcut is not None:
+            every.append(shortcut)
+    fusion = check_fusion(op, fusion, x)
+    weights = [u.conv.weight for u in every]
+    affines = [u.bn.affine(s[1], x) for u, s in zip(every, shapes, strict=True)]
+    running = [u.bn.running(s[1], x) for u, s in zip(every, shapes, strict=True)]
+    gammas, betas = [a[0] for a in affines], [a[1] for a in affines]
+    means, variances = [r[0] for r in running], [r[1] for r in running]
+    stage = Stage(
+        [len(units) for units, _ in blocks],
+        [shortcut is not None for _, shortcut in blocks],
+        [g for u in every for g in u.conv.geometry()],
+        [u.bn.training for u in every],
+        [u.bn.eps for u in every],
+        fusion,
+    )
+    save = needs_grad(x, *weights, *gammas, *betas)
+    bns = [u.bn for u in every]
+    counts = [s[0] * s[2] * s[3] for s in shapes]
+
+    def update(stats: list[Tensor]) -> None:
+        update_running_stats(bns, stats, counts)
+
+    columns = (weights, gammas, betas, means, variances)
+    if not plain_eager(x, *weights):
+        z, _, _, _, stats = torch.ops.fastres.residual_stage(x, *columns, *stage, save)
+        update(stats)
+    elif save:
+        z = _EagerNode.apply(stage, update, x, *(t for column in columns for t in column))
+    else:
+        with torch.no_grad():
+            z, _, _, _, stats = forward(x, *columns, stage, False)
+            update(stats)
+    return z
+
+
+def _check_block(
+    op: str,
+    x: Tensor,
+    in_shape: tuple[int, ...],
+    units: list[Unit],
+    shortcut: Unit | None,
+    shapes: list[tuple[int, ...]],
+) -> tuple[int, ...]:
+    """The block's output shape; appends that of each conv."""
+    if not units:
+        raise ValueError(f"{op}: units is empty; at least one conv and batch norm is needed")
+    shape = in_shape
+    for i, unit in enumerate(units):
+        shape = _check_unit(f"{op}: units[{i}]", x, shape, unit)
+        shapes.append(shape)
+    if shortcut is not None:
+        short = _check_unit(f"{op}: shortcut", x, in_shape, shortcut)
+        shapes.append(short)
+        if short != shape:
+            raise ValueError(f"{op}: the shortcut gives {short}, the main branch {shape}")
+    elif shape != in_shape:
+        raise ValueError(
+            f"{op}: an identity shortcut needs the block to keep x's shape {in_shape}, but "
+            f"it gives {shape}; "
+            "pass shortcut=Unit(conv, bn)"
+        )
+    return shape
+
+
+def _check_unit(op: str, x: Tensor, in_shape: tuple[int, ...], unit: Unit) -> tuple[int, ...]:
+    check_conv(op, x, unit.conv)
+    if unit.conv.bias is not None:
+        raise ValueError(f"{op}: a conv bias before a batch norm is not supported here")
+    shape = conv_out_shape(op, in_shape, unit.conv)
+    check_bn(op, shape, x, unit.bn)
+    return shape
