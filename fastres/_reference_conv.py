@@ -1,4 +1,4 @@
-"""The convolutions of the `reference` backend (docs/kernels.md, Convolutions): torch math, no fusion.
+"""The convolutions of the `reference` backend (docs/kernels.md): torch math, no fusion.
 
 They refuse what the Triton kernels refuse, so that a block takes the same path on both."""
 
@@ -59,10 +59,11 @@ def _conv_bwd(
 
 def _stored(x: Tensor, norm: Normalise, shortcut: Shortcut | None) -> Tensor:
     """normalise(x) + shortcut in x's dtype: what the ReLU gates."""
-    res, res_norm = (None, None) if shortcut is None else shortcut
-    vectors = (None,) * 4 if res_norm is None else tuple(res_norm)
-    res = None if res is None else up(res)
-    return ref.bn_apply(up(x), *norm, res, *vectors, relu_=False).to(x.dtype)
+    pre = ref.normalise(up(x), *norm)
+    if shortcut is not None:
+        res = up(shortcut.x)
+        pre = pre + (res if shortcut.norm is None else ref.normalise(res, *shortcut.norm))
+    return pre.to(x.dtype)
 
 
 def _input(x: Tensor, norm: Normalise | None) -> Tensor:
@@ -103,7 +104,7 @@ def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
 
 
 def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
-    pre = ref.bn_apply(_conv(x, weight, geometry), *norm, relu_=False)
+    pre = ref.normalise(_conv(x, weight, geometry), *norm)
     if residual is not None:
         pre = pre + up(residual)
     pre = pre.to(z.dtype)
@@ -133,7 +134,7 @@ def _finish(
     sums.dbeta.copy_(dbeta)
     if prev.shortcut is not None and prev.shortcut.norm is not None:
         res, norm = prev.shortcut
-        assert sums.res_dgamma is not None
+        assert sums.res_dgamma is not None and norm is not None
         sums.res_dgamma.copy_(ref.bn_bwd_reduce(g, up(res), norm.mean, norm.rstd)[0])
 
 

@@ -147,8 +147,8 @@ def _bn_stats_finalise_kernel(
     mean_ptr,  # (C,) fp32
     var_ptr,  # (C,) fp32
     rstd_ptr,  # (C,) fp32
-    part_ptr,  # (2, chunks, C) fp32
-    x_ptr,  # the activation, for the shift; None: no shift
+    part_ptr,  # (2, chunks, C) fp32; (3, chunks, C) with a shift for each chunk where x_ptr is None
+    x_ptr,  # the activation, whose first values are the shift of all chunks
     eps,
     units,  # rows (NHWC) or images (NCHW), `chunk` of them in each chunk but the last
     unit,  # values per channel in one of them
@@ -168,6 +168,12 @@ def _bn_stats_finalise_kernel(
     mean = tl.load(part_ptr + offs, mask=ok, other=0.0)
     m2 = tl.load(part_ptr + chunks * C + offs, mask=ok, other=0.0)
     n = tl.minimum(tl.maximum(units - k * chunk, 0), chunk).to(tl.float32)[:, None] * unit
+    if x_ptr is None:
+        shift = tl.load(part_ptr + 2 * chunks * C + col, mask=col_ok, other=0.0)
+        mean += tl.load(part_ptr + 2 * chunks * C + offs, mask=ok, other=0.0) - shift[None, :]
+    else:
+        at = x_ptr + col.to(tl.int64) * shift_stride
+        shift = tl.load(at, mask=col_ok, other=0.0).to(tl.float32)
 
     # 2. merge (Chan, all at once)
     total = tl.sum(n, axis=0)
@@ -176,10 +182,7 @@ def _bn_stats_finalise_kernel(
     var = tl.sum(m2 + n * d * d, axis=0) / total
 
     # 3. undo the shift, store
-    if x_ptr is not None:
-        shift = tl.load(x_ptr + col.to(tl.int64) * shift_stride, mask=col_ok, other=0.0)
-        mean_c += shift.to(tl.float32)
-    tl.store(mean_ptr + col, mean_c, mask=col_ok)
+    tl.store(mean_ptr + col, mean_c + shift, mask=col_ok)
     tl.store(var_ptr + col, var, mask=col_ok)
     tl.store(rstd_ptr + col, tl.div_rn(1.0, tl.sqrt_rn(var + eps)), mask=col_ok)
 
@@ -218,7 +221,8 @@ def bn_stats(mean, var, rstd, x, eps):
 def finalise(mean, var, rstd, part, x, eps, units, unit, shift_stride, chunk):
     """Merge the partials (2, chunks, C): `chunk` units of `unit` values each but the last.
 
-    x: the activation whose first values the partial means are relative to; None: they are not.
+    x: the activation whose first values the partial means are relative to; None: each chunk has its
+    own shift, a third row of the partials.
     """
     _, chunks, channels = part.shape
     launch(

@@ -18,7 +18,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ._tile import BF16, INTERPRETED, load_affine, load_vector, normalise, passes, rounded, row_stride, unpack_bits
+from ._tile import (
+    BF16,
+    INTERPRETED,
+    load_affine,
+    load_vector,
+    normalise,
+    passes,
+    rounded,
+    row_stride,
+    unpack_bits,
+)
 
 # --- device ---------------------------------------------------------------------------------------
 
@@ -100,8 +110,8 @@ def norm_gradient(
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in fp32. Triton's interpreter multiplies the bits of bf16: there they are widened,
-    which is exact."""
+    """acc + a @ b in fp32. Triton's interpreter multiplies the bits of bf16: there they are
+    widened, which is exact."""
     if INTERPRETED and a.dtype == BF16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -119,9 +119,7 @@ def _conv_bwd_pointwise_kernel(
                 inv_count, ch, ch_ok, g_ptr.dtype.element_ty, MODE,
             )  # fmt: skip
         if in_mean_ptr is not None:
-            x = activate(
-                x, x_ok, in_mean_ptr, in_rstd_ptr, in_gamma_ptr, in_beta_ptr, col, col_ok
-            )
+            x = activate(x, x_ok, in_mean_ptr, in_rstd_ptr, in_gamma_ptr, in_beta_ptr, col, col_ok)
 
         # 4. multiply, twice
         dw = dot(tl.trans(g), x, dw, PRECISION)

@@ -25,6 +25,7 @@ class ConvConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    programs: int  # to aim at
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Arch:
     """What the rules of one architecture need to know.
 
     block_m, block_n: the tile of a dot, at most; num_warps of such a tile; row_bytes: bytes of the
-    sum's step in one row; stages: buffers of the software pipeline; programs: a full device, twice
-    over; dw_elements: elements of dw one program of conv_bwd_pointwise may hold; stats_n: columns of
-    a tile whose epilogue takes statistics.
+    sum's step in one row; stages: buffers of the software pipeline; programs: two an SM, four waves
+    of them, so that the last wave costs little; dw_elements: elements of dw one program of
+    conv_bwd_pointwise may hold; stats_n: columns of a tile whose epilogue takes statistics;
+    split_steps: steps of the sum below which storing a split of dw costs more than computing it.
     """
 
     name: str
@@ -46,24 +48,25 @@ class Arch:
     programs: int
     dw_elements: int
     stats_n: int
+    split_steps: int
 
 
 ARCHS = {
     # 108 SMs, mma.sync: 64 x 64 a warp pair keeps the operand traffic from shared memory below its
     # bandwidth; 163 KB of shared memory hold two programs of 3 stages of 24 KB.
-    "sm_80": Arch("sm_80", 128, 64, 8, 128, 3, 2 * 108 * 2, 8192, 64),
+    "sm_80": Arch("sm_80", 128, 64, 8, 128, 3, 8 * 108, 8192, 64, 8),
     # 132 SMs, wgmma 64 x N x 16: 128 x 128 on two warpgroups is 64 accumulator registers a thread,
     # which leaves room for an epilogue with statistics; 4 stages of 32 KB are under half of 227 KB
     # only at 3. 128-byte rows are the swizzle that wgmma and TMA read without bank conflicts.
-    "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 2 * 132 * 2, 8192, 128),
+    "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 8 * 132, 8192, 128, 8),
     # 148 SMs, tcgen05: accumulators live in tensor memory (512 columns: two programs of 128 x 128
     # with room to spare), so the tile of sm_90 again.
-    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 2 * 148 * 2, 8192, 64),
+    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 8 * 148, 8192, 64, 8),
     # 304 CUs, mfma 32x32x8: 64 KB of LDS hold 2 stages of 128 x 32 twice.
-    "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 2 * 304, 4096, 64),
+    "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 8 * 304, 4096, 64, 8),
     # The interpreter pays per operation, not per element; small tiles so that small shapes have
     # several.
-    "interpreter": Arch("interpreter", 64, 32, 4, 128, 1, 6, 16384, 32),
+    "interpreter": Arch("interpreter", 64, 32, 4, 128, 1, 6, 16384, 32, 1),
 }
 
 
@@ -81,7 +84,9 @@ def arch_of(device: torch.device) -> Arch:
         major, minor = torch.cuda.get_device_capability(device)
         name = f"sm_{major}{minor}"
     # Same instruction set, fewer SMs: the tiles are the same.
-    name = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100"}.get(name, name)
+    name = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100"}.get(
+        name, name
+    )
     if name not in ARCHS:
         known = ", ".join(a for a in ARCHS if a != "interpreter")
         raise NoTable(f"fastres has no convolution tiles for {name}; known: {known}")
@@ -105,13 +110,15 @@ def _gemm(
     most_m = arch.block_m // 2 if geo.pointwise or half else arch.block_m
     most_n = arch.block_n // 2 if epilogue > 1 or half else arch.block_n  # registers: spills else
     block_m = _fit(rows, most_m)
-    block_n = _fit(columns, min(most_n, arch.stats_n) if stats else most_n)
+    if stats:  # their reductions need registers beside the accumulators
+        most_n = min(most_n, 64 if geo.r * geo.s == 1 else arch.stats_n)
+    block_n = _fit(columns, most_n)
     row_bytes = arch.row_bytes // 2 if prologue > 1 and epilogue != 1 else arch.row_bytes
     block_k = _fit(summed, row_bytes // itemsize)
     warps = arch.num_warps if block_m >= 128 else 4
     # A second operand in the prologue is pipelined, too: one buffer less keeps two programs an SM.
     stages = max(arch.stages - (prologue > 1), 2) if arch.stages > 1 else 1
-    return ConvConfig(block_m, block_n, block_k, warps, stages)
+    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 
 
 def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
@@ -137,7 +144,7 @@ def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     block_m = _fit(geo.rows, 64 if size < 4 else 32)
     warps = arch.num_warps if block_k * block_n >= 8192 else 4
     stages = max(arch.stages - (mode == "bn"), 2) if arch.stages > 1 else 1
-    return ConvConfig(block_m, block_n, block_k, warps, stages)
+    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 
 
 def bwd_pointwise_config(geo, x) -> ConvConfig | None:
@@ -151,7 +158,8 @@ def bwd_pointwise_config(geo, x) -> ConvConfig | None:
     # 64 pixels: the accumulators of dx then take at most half of what dw takes
     block_m = _fit(geo.rows, 64)
     warps = arch.num_warps if block_k * block_n >= 8192 else 4
-    return ConvConfig(block_m, block_n, block_k, warps, 2 if arch.stages > 1 else 1)
+    stages = 2 if arch.stages > 1 else 1
+    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 
 
 # Partials for each channel that the finalise kernels read in one tile.
@@ -168,25 +176,24 @@ class Cut:
     programs: int
 
 
-def cut(rows: int, columns: int, config: ConvConfig, programs: int = 1024) -> Cut:
-    """By shape alone, so that sums repeat bit for bit on any device of one architecture.
+def cut(rows: int, columns: int, config: ConvConfig) -> Cut:
+    """By shape and table alone, so that sums repeat bit for bit on any device of one architecture.
 
-    At most 512 chunks, whose partials then are under 1/50 of the tensor they are sums of; about
-    1024 programs, four waves of two programs on 132 SMs, so that the last wave costs little.
+    At most 512 chunks: the partials are then under 1/50 of the tensor they are sums of.
     """
     tiles_m = triton.cdiv(rows, config.block_m)
     tiles_n = triton.cdiv(columns, config.block_n)
-    chunks = max(1, min(_MAX_CHUNKS, triton.cdiv(programs, tiles_n)))
+    chunks = max(1, min(_MAX_CHUNKS, triton.cdiv(config.programs, tiles_n)))
     tiles = triton.cdiv(tiles_m, chunks)
     chunks = triton.cdiv(tiles_m, tiles)
     return Cut(config.block_m, tiles, chunks, chunks * tiles_n)
 
 
-def wgrad_cut(geo, config: ConvConfig, programs: int = 528) -> tuple[int, int, int]:
-    """(tiles of dw, splits, rows of a split): two waves of programs, and no split shorter than 8
-    steps, below which storing its partial costs more than its sum."""
+def wgrad_cut(geo, config: ConvConfig, split_steps: int) -> tuple[int, int, int]:
+    """(tiles of dw, splits, rows of a split): half the programs of `cut`, since a split costs a
+    partial of the whole dw."""
     tiles = triton.cdiv(geo.k, config.block_k) * triton.cdiv(geo.c, config.block_n) * geo.r * geo.s
-    splits = max(1, programs // tiles)
+    splits = max(1, config.programs // (2 * tiles))
     steps = triton.cdiv(geo.rows, config.block_m)
-    each = max(triton.cdiv(steps, splits), min(8, steps))
+    each = max(triton.cdiv(steps, splits), min(split_steps, steps))
     return tiles, triton.cdiv(steps, each), each * config.block_m

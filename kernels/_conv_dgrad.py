@@ -156,9 +156,7 @@ def _conv_dgrad_kernel(
     for tile in range(bound(first), bound(last)):
         m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         m_ok = m < rows
-        row, p0, q0 = pixel(
-            m, grid_h, grid_w, out_h, out_w, 1, 1, off_h, off_w, POINTWISE, WIDE
-        )
+        row, p0, q0 = pixel(m, grid_h, grid_w, out_h, out_w, 1, 1, off_h, off_w, POINTWISE, WIDE)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(0, bound(blocks * taps_h * taps_w)):
             # 2. load tiles
@@ -173,9 +171,7 @@ def _conv_dgrad_kernel(
                 tap = tap0 + th * tap_h + tw * tap_w
                 k0 = step % blocks * BLOCK_K
                 a_row = row + (th * step_h * out_w + tw * step_w)
-                a_ok = inside(
-                    m_ok, p0 + th * step_h, q0 + tw * step_w, out_h, out_w, POINTWISE
-                )
+                a_ok = inside(m_ok, p0 + th * step_h, q0 + tw * step_w, out_h, out_w, POINTWISE)
             ch = k0 + tl.arange(0, BLOCK_K)
             ch_ok = ch < K
             ok = a_ok[:, None] & ch_ok[None, :]

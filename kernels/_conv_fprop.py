@@ -33,7 +33,7 @@ from ._tile import bound, load_affine, normalise, pack_bits, passes, rounded, ro
 @triton.jit
 def _conv_fprop_kernel(
     y_ptr,  # (rows, K)
-    part_ptr,  # (2, chunks, K) fp32: mean, M2 of each chunk; None: no statistics
+    part_ptr,  # (3, chunks, K) fp32: mean - shift, M2, shift of each chunk; None: no statistics
     z_ptr,  # (rows, C): the block's output, written on the way; None: not wanted
     zmask_ptr,  # (rows, ceil(C / 8)) uint8 or None
     x_ptr,  # (N * H * W, C)
@@ -93,6 +93,7 @@ def _conv_fprop_kernel(
     last = tl.minimum(first + tiles, tl.cdiv(rows, BLOCK_M))
 
     n = 0.0
+    shift = tl.zeros((BLOCK_N,), tl.float32)
     mean = tl.zeros((BLOCK_N,), tl.float32)
     m2 = tl.zeros((BLOCK_N,), tl.float32)
     for tile in range(bound(first), bound(last)):
@@ -174,18 +175,24 @@ def _conv_fprop_kernel(
             y = tl.where(passes(y), y, 0.0).to(y.dtype)
         tl.store(y_ptr + at, y, mask=ok)
 
-        # 6. epilogue: statistics of the stored tile, merged (Chan)
+        # 6. epilogue: statistics of the stored tile, relative to about the mean of the first,
+        # merged (Chan)
         if part_ptr is not None:
-            y = y.to(tl.float32)
+            y = tl.where(m_ok[:, None], y.to(tl.float32), 0.0)
             count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(tl.float32)
-            tile_mean = tl.sum(tl.where(m_ok[:, None], y, 0.0), axis=0) / count
+            if tile == first:
+                shift = tl.sum(y, axis=0) / count
+            y = tl.where(m_ok[:, None], y - shift[None, :], 0.0)
+            tile_mean = tl.sum(y, axis=0) / count
             d = tl.where(m_ok[:, None], y - tile_mean[None, :], 0.0)
             n, mean, m2 = chan(n, mean, m2, count, tile_mean, tl.sum(d * d, axis=0))
 
     # 7. store partials
     if part_ptr is not None:
-        tl.store(part_ptr + chunk * K + col, mean, mask=col_ok)
-        tl.store(part_ptr + (chunks + chunk) * K + col, m2, mask=col_ok)
+        out = part_ptr + chunk * K + col
+        tl.store(out, mean, mask=col_ok)
+        tl.store(out + chunks * K, m2, mask=col_ok)
+        tl.store(out + 2 * chunks * K, shift, mask=col_ok)
 
 
 _NONE = (None,) * 4
@@ -195,7 +202,7 @@ def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, 
     geo = Geometry.of(x.shape, weight.shape, geometry)
     config = fprop_config(geo, x, shortcut is not None, with_stats)
     plan = cut(geo.rows, geo.k, config)
-    part = workspace(2, plan, y) if with_stats else None
+    part = workspace(3, plan, y) if with_stats else None
     c_units, c_align = units(geo.c)
     k_units, k_align = units(geo.k)
     res, res_norm = (None, None) if shortcut is None else shortcut

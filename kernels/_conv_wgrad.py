@@ -24,7 +24,7 @@ from ._conv import (
     units,
     wide,
 )
-from ._conv_config import wgrad_config, wgrad_cut
+from ._conv_config import arch_of, wgrad_config, wgrad_cut
 from ._conv_dgrad import norm_arguments
 from ._launch import launch
 from ._tile import bound, rounded
@@ -121,9 +121,7 @@ def _conv_wgrad_kernel(
                 inv_count, ch, ch_ok, g_ptr.dtype.element_ty, MODE,
             )  # fmt: skip
         if in_mean_ptr is not None:
-            x = activate(
-                x, x_ok, in_mean_ptr, in_rstd_ptr, in_gamma_ptr, in_beta_ptr, col, col_ok
-            )
+            x = activate(x, x_ok, in_mean_ptr, in_rstd_ptr, in_gamma_ptr, in_beta_ptr, col, col_ok)
 
         # 4. multiply
         acc = dot(tl.trans(g), x, acc, PRECISION)
@@ -179,7 +177,7 @@ def conv_wgrad(dw, g, x, geometry, bn, norm):
     geo = Geometry.of(x.shape, dw.shape, geometry)
     mode, y, vectors = norm_arguments(bn)
     config = wgrad_config(geo, x, mode, norm is not None)
-    tiles, splits, chunk = wgrad_cut(geo, config)
+    tiles, splits, chunk = wgrad_cut(geo, config, arch_of(x.device).split_steps)
     part = torch.empty((splits, geo.k, geo.r * geo.s, geo.c), dtype=torch.float32, device=x.device)
     c_units, c_align = units(geo.c)
     k_units, k_align = units(geo.k)

@@ -84,7 +84,9 @@ class Stage(NamedTuple):
         return out
 
 
-def vendor_reason(backend: ModuleType, x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
+def vendor_reason(
+    backend: ModuleType, x: Tensor, weight: Tensor, geometry: list[int]
+) -> str | None:
     """Why a conv runs on the vendor's kernels on rungs c1 and up; None when it runs fused."""
     if not hasattr(backend, "conv_why_not"):
         return f"the {backend.NAME} backend has no fused convolutions"
@@ -375,7 +377,7 @@ class Backward:
         raw = source.y if isinstance(source, Pending) else source
         if not self.fused(raw, i):
             assert bn is None
-            h = source
+            h = raw
             if isinstance(source, Pending):
                 h, _ = normalise(source.y, source.norm, relu=True)
             dx, dw = conv_bwd(g.dz, h, self.weights[i], geometry, need_dx, need_dw)
@@ -466,9 +468,7 @@ class Backward:
             self.dgammas[proj], self.dbetas[proj] = sums.res_dgamma, sums.dbeta.clone()
             if self.folds(last, incoming, raw) or self.folds(proj, incoming, x):
                 g, bn = self.gradient(last, incoming, sums.dgamma, sums.dbeta, raw, False)
-                g_s, bn_s = self.gradient(
-                    proj, incoming, sums.res_dgamma, sums.dbeta, x, False
-                )
+                g_s, bn_s = self.gradient(proj, incoming, sums.res_dgamma, sums.dbeta, x, False)
             else:
                 dy, dy_s = self.apply_dual(last, proj, incoming, sums)
                 g, bn, g_s = Gradient(dy), None, Gradient(dy_s)
@@ -496,9 +496,7 @@ class Backward:
                 self.dgammas[i], self.dbetas[i] = s.dgamma, s.dbeta
                 raw = source.y if isinstance(source, Pending) else source
                 g, bn = self.gradient(i, gradient, s.dgamma, s.dbeta, raw, True)
-            gradient = self.conv(
-                i, g, bn, source, None if inner else dres, prev, inner or need_dx
-            )
+            gradient = self.conv(i, g, bn, source, None if inner else dres, prev, inner or need_dx)
         return gradient
 
 

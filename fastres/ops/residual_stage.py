@@ -3,13 +3,14 @@
     h_0 = x;   y_i = conv_i(h_{i-1});   h_i = relu(bn_i(y_i)), i < K
     z = relu(bn_K(y_K) + s),   s = x, or bn_s(conv_s(x));   the next block's x is z
 
-K = 2 is the basic block, K = 3 the bottleneck; any K >= 1 works. Saved for the backward: x, the blocks' outputs, the
-raw conv outputs y_i, (mean, var, rstd) a batch norm, one bit an element of z. The normalised h_i are
-recomputed in the backward, which is what brings saved bytes of a ResNet-50 below 0.8 of eager's.
-`fusion` is the rung of the ladder: see fastres/ops/_ladder.py and fastres.roofline."""
+K = 2 is the basic block, K = 3 the bottleneck; any K >= 1 works. Saved for the
+backward: x, the blocks' outputs, the raw conv outputs y_i, (mean, var, rstd) a batch norm, one bit
+an element of z. The normalised h_i are recomputed in the backward, which is what brings saved bytes
+of a ResNet-50 below 0.8 of eager's. `fusion` is the rung of the ladder: see fastres/ops/_ladder.py and fastres.roofline."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -133,9 +134,7 @@ def _residual_stage_bwd(
     need_dw: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     stage = Stage(main, projection, geometry, training, [], fusion)
-    return backward(
-        dz, x, zs, masks, weights, gammas, betas, ys, stats, stage, need_dx, need_dw
-    )
+    return backward(dz, x, zs, masks, weights, gammas, betas, ys, stats, stage, need_dx, need_dw)
 
 
 def _residual_stage_bwd_fake(
@@ -195,9 +194,13 @@ def _setup(ctx, inputs, output):
 
 def _saved(tensors: Any, units: int, blocks: int) -> tuple:
     """(x, zs, masks, weights, gammas, betas, ys, stats) from the flat saved tensors."""
-    x, *rest = tensors
-    zs, masks, rest = rest[: blocks - 1], rest[blocks - 1 : 2 * blocks - 1], rest[2 * blocks - 1 :]
-    return x, list(zs), list(masks), *_columns(rest, units)
+    at = 2 * blocks
+    return (
+        tensors[0],
+        list(tensors[1:blocks]),
+        list(tensors[blocks:at]),
+        *_columns(tensors[at:], units),
+    )
 
 
 def _columns(tensors: Any, n: int) -> Any:
@@ -255,7 +258,8 @@ class _EagerNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stage, update, x, *tensors):
         n = len(stage.training)
-        z, zs, masks, ys, stats = forward(x, *_columns(tensors, n), stage, True)
+        weights, gammas, betas, means, variances = _columns(tensors, n)
+        z, zs, masks, ys, stats = forward(x, weights, gammas, betas, means, variances, stage, True)
         update(stats)
         ctx.stage, ctx.blocks = stage, len(masks)
         ctx.save_for_backward(x, *zs, *masks, *tensors[: 3 * n], *ys, *stats)
@@ -269,7 +273,7 @@ class _EagerNode(torch.autograd.Function):
         _, _, _, _, gammas, betas, *_ = saved
         need_x, need_w = ctx.needs_input_grad[2], list(ctx.needs_input_grad[3 : 3 + n])
         # under create_graph the registered op records a node that refuses to be differentiated
-        op = (
+        op: Callable = (
             torch.ops.fastres.residual_stage_bwd if torch.is_grad_enabled() else _residual_stage_bwd
         )
         config = stage.main, stage.projection, stage.geometry, stage.training, stage.fusion
@@ -319,8 +323,8 @@ def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
         backend = backends.select(x)
         if not hasattr(backend, "conv_fprop"):
             raise backends.BackendError(
-                f'{op}: fusion="{fusion}" needs fused convolutions, which the {backend.NAME} backend '
-                f'does not have; use fusion="b" on {x.device.type} tensors'
+                f'{op}: fusion="{fusion}" needs fused convolutions, which the {backend.NAME} '
+                f'backend does not have; use fusion="b" on {x.device.type} tensors'
             )
     return fusion
 
