@@ -6,7 +6,8 @@
 K = 2 is the basic block, K = 3 the bottleneck; any K >= 1 works. Saved for the
 backward: x, the blocks' outputs, the raw conv outputs y_i, (mean, var, rstd) a batch norm, one bit
 an element of z. The normalised h_i are recomputed in the backward, which is what brings saved bytes
-of a ResNet-50 below 0.8 of eager's. `fusion` is the rung of the ladder: see fastres/ops/_ladder.py and fastres.roofline."""
+of a ResNet-50 below 0.8 of eager's. `fusion` is the rung of the ladder: see
+fastres/ops/_ladder.py and fastres.roofline."""
 
 from __future__ import annotations
 
@@ -212,7 +213,7 @@ def _backward(ctx, dz, *_):
     if not ctx.save:
         raise RuntimeError("fastres::residual_stage was called with save=False; it has no backward")
     saved = _saved(ctx.saved_tensors, ctx.units, ctx.blocks)
-    _, _, _, _, gammas, betas, *_ = saved
+    gammas, betas = saved[4:6]
     n = ctx.units
     need_x, need_w = ctx.needs_input_grad[0], list(ctx.needs_input_grad[1])
     dx, dws, dgammas, dbetas = torch.ops.fastres.residual_stage_bwd(
@@ -270,7 +271,7 @@ class _EagerNode(torch.autograd.Function):
         stage = ctx.stage
         n = len(stage.training)
         saved = _saved(ctx.saved_tensors, n, ctx.blocks)
-        _, _, _, _, gammas, betas, *_ = saved
+        gammas, betas = saved[4:6]
         need_x, need_w = ctx.needs_input_grad[2], list(ctx.needs_input_grad[3 : 3 + n])
         # under create_graph the registered op records a node that refuses to be differentiated
         op: Callable = (
