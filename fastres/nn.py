@@ -17,8 +17,19 @@ import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from . import counters, inference
-from .ops import BatchNorm, Conv, Unit, bn_relu_maxpool, conv_bn_relu, residual_block
+from .ops import (
+    BatchNorm,
+    Block,
+    Conv,
+    Unit,
+    bn_relu_maxpool,
+    conv_bn_relu,
+    residual_block,
+    residual_stage,
+)
+from .ops._ladder import RUNGS
 from .ops._units import needs_grad
+from .ops.residual_stage import check_fusion
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -49,9 +60,11 @@ class Spec:
 
 @dataclass
 class Fusion:
-    """What `convert` attaches to a module: the spec, and the folded weights of its convs."""
+    """What `convert` attaches to a module: the spec, the folded weights of its convs, and the rung
+    of the fusion ladder that was asked for (None: the default)."""
 
     spec: Spec
+    rung: str | None = None
     caches: dict[str, inference.Cache] = field(default_factory=dict)
 
     def cache(self, conv: str) -> inference.Cache:
@@ -214,6 +227,12 @@ def unit_of(module: nn.Module, pair: tuple[str, str]) -> Unit:
     return Unit(Conv.of(child(module, pair[0])), BatchNorm.of(child(module, pair[1])))
 
 
+def block_of(module: nn.Module, spec: Spec) -> Block:
+    """The units a module stands for at this moment; counts the batch as torch's forward does."""
+    units = [unit_of(module, pair) for pair in spec.units]
+    return Block(units, None if spec.shortcut is None else unit_of(module, spec.shortcut))
+
+
 class ResidualBlockMixin(FusedMixin):
     """relu(bn_K(conv_K(... relu(bn_1(conv_1(x))))) + shortcut(x)) as one node
     (fastres.ops.residual_block)."""
@@ -243,8 +262,8 @@ class ResidualBlockMixin(FusedMixin):
             z = _folded_block(module, self._fastres, x, own_input)
             if z is not None:
                 return z
-        shortcut = None if spec.shortcut is None else unit_of(module, spec.shortcut)
-        return residual_block(x, [unit_of(module, pair) for pair in spec.units], shortcut)
+        rung = check_fusion(type(self).__name__, self._fastres.rung, x)
+        return residual_block(x, *block_of(module, spec), rung)
 
 
 def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
@@ -304,8 +323,12 @@ def run_blocks(layers: list[Any], x: Tensor, own_input: bool) -> Tensor:
 
     In inference a tensor that only passes from block to block is added to in place, which spares
     one pass over memory for every identity shortcut. A hook on a layer or a block sees tensors, so
-    none there is written over."""
+    none there is written over. On rungs c1 and up the blocks of a layer run as one stage, fused
+    across their borders."""
     for layer in layers:
+        if _is_stage(layer, x):
+            x, own_input = _run_stage(list(layer), x), False
+            continue
         watched = (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
@@ -322,6 +345,31 @@ def run_blocks(layers: list[Any], x: Tensor, own_input: bool) -> Tensor:
             else:
                 x, own_input = block(x), False
     return x
+
+
+def _is_stage(layer: Any, x: Tensor) -> bool:
+    """Whether all blocks of a layer are fused and unwatched, on one rung above b."""
+    if type(layer) is not nn.Sequential or has_hooks(layer) or len(layer) == 0:
+        return False
+    rung = getattr(getattr(layer[0], "_fastres", None), "rung", None)
+    return (
+        rung is not None
+        and RUNGS[rung].conv
+        and all(
+            isinstance(b, ResidualBlockMixin)
+            and b._fastres.rung == rung
+            and not has_hooks(b)
+            and b._obstacle(x) is None
+            for b in layer
+        )
+    )
+
+
+def _run_stage(blocks: list[Any], x: Tensor) -> Tensor:
+    first = blocks[0]
+    x = _cast_input(first, first._fastres.spec, x)
+    rung = check_fusion(type(first).__name__, first._fastres.rung, x)
+    return residual_stage(x, [block_of(b, b._fastres.spec) for b in blocks], rung)
 
 
 def stem_forward(module: nn.Module, fusion: Fusion, pool: str | None, x: Tensor) -> Tensor:
@@ -405,8 +453,13 @@ class _PlainBlock(nn.Module):
         groups: int,
         dilation: int,
         norm_layer: Callable[[int], nn.Module] | None,
+        fusion: str | None,
     ) -> None:
         super().__init__()
+        if fusion is not None and fusion not in RUNGS:
+            raise ValueError(
+                f"{type(self).__name__}: unknown fusion {fusion!r}; known: {', '.join(RUNGS)}"
+            )
         norm_layer = nn.BatchNorm2d if norm_layer is None else norm_layer
         for i, (width, kernel, stride) in enumerate(widths, start=1):
             spatial = kernel > 1
@@ -428,7 +481,7 @@ class _PlainBlock(nn.Module):
         self.stride = max(stride for _, _, stride in widths)
         projection = None if downsample is None else ("downsample.0", "downsample.1")
         units = tuple((f"conv{i}", f"bn{i}") for i in range(1, len(widths) + 1))
-        self._fastres = Fusion(Spec(units, projection, (("relu", nn.ReLU),)))
+        self._fastres = Fusion(Spec(units, projection, (("relu", nn.ReLU),)), fusion)
 
     def forward(self, x: Tensor) -> Tensor:
         h = x
@@ -443,7 +496,8 @@ class _PlainBlock(nn.Module):
 class FastBasicBlock(ResidualBlockMixin, _PlainBlock):
     """Two 3x3 convs and a shortcut (He et al. 2015, figure 5 left), fused.
 
-    Arguments, children and state_dict keys are those of torchvision.models.resnet.BasicBlock.
+    Arguments, children and state_dict keys are those of torchvision.models.resnet.BasicBlock;
+    fusion: the rung of the ladder, as in fastres.convert.
     x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride)."""
 
     def __init__(
@@ -456,11 +510,18 @@ class FastBasicBlock(ResidualBlockMixin, _PlainBlock):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[[int], nn.Module] | None = None,
+        fusion: str | None = None,
     ) -> None:
         if groups != 1 or base_width != 64:
             raise ValueError("FastBasicBlock: only groups=1 and base_width=64 exist")
         super().__init__(
-            [(planes, 3, stride), (planes, 3, 1)], inplanes, downsample, 1, dilation, norm_layer
+            [(planes, 3, stride), (planes, 3, 1)],
+            inplanes,
+            downsample,
+            1,
+            dilation,
+            norm_layer,
+            fusion,
         )
 
 
@@ -468,7 +529,8 @@ class FastBottleneck(ResidualBlockMixin, _PlainBlock):
     """1x1, 3x3, 1x1 convs and a shortcut (He et al. 2015, figure 5 right; stride on the 3x3),
     fused.
 
-    Arguments, children and state_dict keys are those of torchvision.models.resnet.Bottleneck.
+    Arguments, children and state_dict keys are those of torchvision.models.resnet.Bottleneck;
+    fusion: the rung of the ladder, as in fastres.convert.
     x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride)."""
 
     expansion = 4
@@ -483,6 +545,7 @@ class FastBottleneck(ResidualBlockMixin, _PlainBlock):
         base_width: int = 64,
         dilation: int = 1,
         norm_layer: Callable[[int], nn.Module] | None = None,
+        fusion: str | None = None,
     ) -> None:
         width = int(planes * (base_width / 64.0)) * groups
         super().__init__(
@@ -492,4 +555,5 @@ class FastBottleneck(ResidualBlockMixin, _PlainBlock):
             groups,
             dilation,
             norm_layer,
+            fusion,
         )

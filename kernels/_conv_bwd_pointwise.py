@@ -160,7 +160,9 @@ def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, pre
     geo = Geometry.of(dx.shape, weight.shape, geometry)
     mode, y, vectors = norm_arguments(bn)
     previous = previous_arguments(prev)
-    config = bwd_pointwise_config(geo, x)
+    dres = (None, None) if dres is None else tuple(dres)
+    reads = (dres[0], previous[0], previous[-2])
+    config = bwd_pointwise_config(geo, x, sum(t is not None for t in reads))
     plan = cut(geo.rows, geo.c, config)
     sum_part = None
     if prev is not None:
@@ -174,8 +176,7 @@ def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, pre
         plan.programs,
         (dx, sum_part, dw_part, g.dz, g.mask, y, x, krsc(weight), *vectors)
         + ((None,) * 4 if norm is None else tuple(norm))
-        + ((None, None) if dres is None else tuple(dres))
-        + (*previous, 1.0 / geo.rows, geo.rows, c_units, k_units, plan.tiles, plan.chunks),
+        + (*dres, *previous, 1.0 / geo.rows, geo.rows, c_units, k_units, plan.tiles, plan.chunks),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         C_ALIGN=c_align,

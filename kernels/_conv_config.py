@@ -35,7 +35,8 @@ class Arch:
     block_m, block_n: the tile of a dot, at most; num_warps of such a tile; row_bytes: bytes of the
     sum's step in one row; stages: buffers of the software pipeline; programs: two an SM, four waves
     of them, so that the last wave costs little; dw_elements: elements of dw one program of
-    conv_bwd_pointwise may hold; stats_n: columns of a tile whose epilogue takes statistics;
+    conv_bwd_pointwise may hold; stats_n: columns of a tile whose epilogue takes statistics, of a
+    1x1 conv and of others;
     split_steps: steps of the sum below which storing a split of dw costs more than computing it.
     """
 
@@ -47,26 +48,26 @@ class Arch:
     stages: int
     programs: int
     dw_elements: int
-    stats_n: int
+    stats_n: tuple[int, int]
     split_steps: int
 
 
 ARCHS = {
     # 108 SMs, mma.sync: 64 x 64 a warp pair keeps the operand traffic from shared memory below its
     # bandwidth; 163 KB of shared memory hold two programs of 3 stages of 24 KB.
-    "sm_80": Arch("sm_80", 128, 64, 8, 128, 3, 8 * 108, 8192, 64, 8),
+    "sm_80": Arch("sm_80", 128, 64, 8, 128, 3, 8 * 108, 8192, (64, 64), 8),
     # 132 SMs, wgmma 64 x N x 16: 128 x 128 on two warpgroups is 64 accumulator registers a thread,
     # which leaves room for an epilogue with statistics; 4 stages of 32 KB are under half of 227 KB
     # only at 3. 128-byte rows are the swizzle that wgmma and TMA read without bank conflicts.
-    "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 8 * 132, 8192, 128, 8),
+    "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 8 * 132, 8192, (64, 128), 8),
     # 148 SMs, tcgen05: accumulators live in tensor memory (512 columns: two programs of 128 x 128
     # with room to spare), so the tile of sm_90 again.
-    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 8 * 148, 8192, 64, 8),
+    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 8 * 148, 8192, (64, 64), 8),
     # 304 CUs, mfma 32x32x8: 64 KB of LDS hold 2 stages of 128 x 32 twice.
-    "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 8 * 304, 4096, 64, 8),
-    # The interpreter pays per operation, not per element; small tiles so that small shapes have
-    # several.
-    "interpreter": Arch("interpreter", 64, 32, 4, 128, 1, 6, 16384, 32, 1),
+    "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 8 * 304, 4096, (64, 64), 8),
+    # The interpreter pays per operation, not per element: large tiles. (The tests take small ones,
+    # so that small shapes have several.)
+    "interpreter": Arch("interpreter", 256, 256, 4, 1024, 1, 6, 1 << 18, (256, 256), 1),
 }
 
 
@@ -111,9 +112,11 @@ def _gemm(
     most_n = arch.block_n // 2 if epilogue > 1 or half else arch.block_n  # registers: spills else
     block_m = _fit(rows, most_m)
     if stats:  # their reductions need registers beside the accumulators
-        most_n = min(most_n, 64 if geo.r * geo.s == 1 else arch.stats_n)
+        most_n = min(most_n, arch.stats_n[geo.r * geo.s > 1])
     block_n = _fit(columns, most_n)
-    row_bytes = arch.row_bytes // 2 if prologue > 1 and epilogue != 1 else arch.row_bytes
+    row_bytes = arch.row_bytes
+    if prologue > 1 and epilogue != 1:  # not below 64: narrower tiles have accesses under 16 bytes
+        row_bytes = max(row_bytes // 2, 64)
     block_k = _fit(summed, row_bytes // itemsize)
     warps = arch.num_warps if block_m >= 128 else 4
     # A second operand in the prologue is pipelined, too: one buffer less keeps two programs an SM.
@@ -147,17 +150,24 @@ def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 
 
-def bwd_pointwise_config(geo, x) -> ConvConfig | None:
-    """None when a program cannot hold dw of all K output channels and a useful width."""
+def bwd_pointwise_config(geo, x, epilogue: int = 0) -> ConvConfig | None:
+    """None when a program cannot hold dw of all K output channels and a useful width.
+
+    epilogue: tensors that it reads, as in dgrad_config."""
     arch = arch_of(x.device)
     elements = arch.dw_elements if x.element_size() < 4 else arch.dw_elements // 2
     block_k = _fit(geo.k, 1 << 20)
     block_n = _fit(geo.c, min(arch.block_n, elements // block_k) if block_k <= elements else 0, 0)
     if block_n < min(32, _fit(geo.c, 32)):
         return None
+    # registers: a residual gradient, y (and the shortcut's y) beside dw and dx; 32 columns are two
+    # 16-byte accesses a row
+    if epilogue > 2 or (epilogue > 1 and (arch.name == "sm_80" or x.element_size() == 4)):
+        block_n = max(block_n // 2, min(block_n, 32))
     # 64 pixels: the accumulators of dx then take at most half of what dw takes
     block_m = _fit(geo.rows, 64)
-    warps = arch.num_warps if block_k * block_n >= 8192 else 4
+    # the elementwise work on g, y (64 x K) and the sums need registers, whatever dw takes
+    warps = arch.num_warps if block_k * block_n >= arch.dw_elements or epilogue > 1 else 4
     stages = 2 if arch.stages > 1 else 1
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 

@@ -6,11 +6,12 @@ TOLERANCES."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -81,6 +82,19 @@ def backend(name: str):
     if reason is not None:
         pytest.skip(f"backend {name}: {reason}")
     return importlib.import_module(MODULES[name])
+
+
+@contextlib.contextmanager
+def table(**changes):
+    """The interpreter's table of convolution tiles with other values."""
+    from fastres.kernels import _conv_config
+
+    before = _conv_config.ARCHS["interpreter"]
+    _conv_config.ARCHS["interpreter"] = replace(before, **changes)
+    try:
+        yield
+    finally:
+        _conv_config.ARCHS["interpreter"] = before
 
 
 def cases(dtypes=tuple(DTYPES), layouts=tuple(LAYOUTS), shapes=None):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastres import memory
-from fastres.nn import FusedMixin, Fusion, fuse, unfuse
+from fastres.nn import FusedMixin, Fusion, ResidualBlockMixin, fuse, unfuse
+from fastres.ops._ladder import RUNGS
 
 from ._match import Match, find
 from .report import Report, Row, report
@@ -59,7 +60,9 @@ def _check_model(op: str, model: object) -> None:
         )
 
 
-def convert(model: M, *, verify: Tensor | None = None, strict: bool = False) -> M:
+def convert(
+    model: M, *, verify: Tensor | None = None, strict: bool = False, fusion: str | None = None
+) -> M:
     """Make a ResNet run on fused kernels, in place, and return it.
 
     Every block and stem of a known model family (torchvision's ResNet, ResNeXt, Wide-ResNet) gets a
@@ -74,10 +77,17 @@ def convert(model: M, *, verify: Tensor | None = None, strict: bool = False) -> 
     strict: raise ConvertError, changing nothing, when any known block or normalisation layer would
     be left unfused.
 
+    fusion: the rung of the fusion ladder on which the residual blocks train (docs/triton.md): "b"
+        fuses the passes around the vendor's convs, "c1", "c2" and "d" go into the convs, which
+        takes a GPU (fastres.kernels). None: "b", or what an earlier call chose. A forward on a
+        device whose backend has no such convs raises fastres.BackendError.
+
     On the CPU the process's malloc is told to keep large buffers (fastres.memory; FASTRES_MALLOC=0
     leaves it alone). Raises TypeError for what is not a plain module: a class, or a model wrapped
-    by torch.compile, DDP or TorchScript."""
+    by torch.compile, DDP or TorchScript, ValueError for an unknown rung."""
     _check_model("convert", model)
+    if fusion is not None and fusion not in RUNGS:
+        raise ValueError(f"convert: unknown fusion {fusion!r}; known: {', '.join(RUNGS)}")
     if verify is not None:
         check_sample("convert(verify=...)", model, verify)
     candidates = [
@@ -99,6 +109,10 @@ def convert(model: M, *, verify: Tensor | None = None, strict: bool = False) -> 
             continue
         m.__dict__.pop("_fastres_rejected", None)
         fuse(m, match.mixin, match.spec)
+    if fusion is not None:
+        for m in model.modules():
+            if isinstance(m, ResidualBlockMixin):
+                m._fastres.rung = fusion
     if candidates and any(p.device.type == "cpu" for p in model.parameters()):
         memory.keep_buffers()
     return model

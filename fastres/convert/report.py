@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastres import backends, counters, inference
-from fastres.nn import FusedMixin, spec_obstacle
+from fastres.nn import FusedMixin, child, spec_obstacle
+from fastres.ops import Conv
+from fastres.ops._ladder import RUNGS, vendor_reason
 
 from ._match import Match, find, original_type
 
@@ -93,6 +96,33 @@ def _backend(m: nn.Module) -> tuple[str, str]:
     return name, why
 
 
+def _rung(m: nn.Module) -> str:
+    """Which rung was asked for, and which convs run on the vendor's kernels there, and why."""
+    fusion: Any = getattr(m, "_fastres", None)
+    rung = getattr(fusion, "rung", None)
+    if rung is None:
+        return ""
+    text = f'; fusion "{rung}"'
+    p = next(m.parameters())
+    if not RUNGS[rung].conv:
+        return text
+    try:
+        backend = backends.select(p)
+    except backends.BackendError as e:
+        return f"{text}: {e}"
+    if not hasattr(backend, "conv_fprop"):
+        return f"{text} cannot run here: the {backend.NAME} backend has no fused convolutions"
+    vendor = []
+    for path, _ in fusion.spec.pairs():
+        conv = Conv.of(child(m, path))
+        x = torch.empty((1, conv.weight.shape[1] * conv.groups, 8, 8), dtype=p.dtype, device="meta")
+        x = x.contiguous(memory_format=torch.channels_last)
+        reason = vendor_reason(backend, x, conv.weight, conv.geometry())
+        if reason is not None:
+            vendor.append(f"{path} on the vendor's conv ({reason})")
+    return ", ".join([text, *vendor])
+
+
 def report(model: nn.Module) -> Report:
     """Say, module by module, what is fused, or before `convert` would be, by which backend, and why
     the rest is not.
@@ -117,6 +147,7 @@ def report(model: nn.Module) -> Report:
             continue
         covered.update(id(m.get_submodule(p)) for p, _ in match.spec.covered())
         backend, why = _backend(m)
+        why += _rung(m)
         status = "fused" if isinstance(m, FusedMixin) else "would fuse"
         rows.append(Row(path or "(model)", name, status, match.kind, backend, why))
     for path, m in model.named_modules():

@@ -1,0 +1,168 @@
+"""`fusion=` from the user's side: convert, the modules, the report; whole networks on Triton."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+
+import pytest
+import torch
+from common import backend
+from torch import Tensor, nn
+
+import fastres
+from fastres.nn import FastBottleneck
+from fastres.ops import _ladder
+
+torchvision = pytest.importorskip("torchvision")
+
+
+def network(kind: str) -> nn.Module:
+    """A ResNet of four stages; the blocks of a stage differ from kind to kind."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    torch.manual_seed(0)
+    block, layers, extra = {
+        "basic": (BasicBlock, [2, 1, 1, 1], {}),
+        "bottleneck": (Bottleneck, [2, 1, 1, 1], {"width_per_group": 16}),
+        "grouped": (Bottleneck, [2, 1, 1, 1], {"groups": 8, "width_per_group": 2}),
+    }[kind]
+    return ResNet(block, layers, num_classes=10, **extra).to(memory_format=torch.channels_last)
+
+
+def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Loss, gradients and buffers of a training step."""
+    model.train()
+    loss = nn.functional.cross_entropy(model(x), torch.arange(x.shape[0]))
+    loss.backward()
+    out = {"loss": loss.detach()[None]}
+    out |= {n: p.grad for n, p in model.named_parameters()}
+    return out | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
+
+
+def sample(dtype=torch.float32) -> Tensor:
+    x = torch.randn(2, 3, 33, 33, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind, rung", [("basic", "c2"), ("bottleneck", "d")])
+def test_a_network_trains_on_triton(kind, rung, monkeypatch):
+    """Every op on the Triton kernels: within twice eager's error of float64, by gradient."""
+    kernels = backend("triton")
+    calls: dict[str, int] = {}
+
+    def counted(name, run, *args):
+        calls[name] = calls.get(name, 0) + 1
+        run(*args)
+
+    for name in ("conv_fprop", "conv_dgrad", "conv_wgrad", "conv_bwd_pointwise"):
+        monkeypatch.setattr(kernels, name, functools.partial(counted, name, getattr(kernels, name)))
+    monkeypatch.setattr(
+        "fastres._cpu.bn_stats", lambda *a: pytest.fail("another backend ran"), raising=True
+    )
+    model = network(kind)
+    truth = step(copy.deepcopy(model).double(), sample(torch.float64))
+    eager = step(copy.deepcopy(model), sample())
+    with fastres.use_backend("triton"):
+        got = step(fastres.convert(model, fusion=rung), sample())
+    assert calls["conv_fprop"] > 0 and calls["conv_wgrad"] > 0
+    assert ("conv_bwd_pointwise" in calls) == (rung == "d" and kind != "basic")
+
+    def error(v: Tensor, want: Tensor) -> float:
+        return float((v.double() - want).norm() / want.norm())
+
+    worst = max(error(eager[n], truth[n]) for n in truth)
+    for n, want in truth.items():
+        assert error(got[n], want) <= 2 * max(error(eager[n], want), worst / 4), n
+
+
+@pytest.mark.parametrize("rung", _ladder.RUNGS)
+def test_convert_runs_each_layer_as_one_stage(rung, monkeypatch):
+    """From c1 up the blocks of a layer are one node; on b each block is its own."""
+    stages: list[int] = []
+    forward = _ladder.forward
+
+    def counted(x, *args):
+        stages.append(len(args[-2].main))
+        return forward(x, *args)
+
+    module = importlib.import_module("fastres.ops.residual_stage")
+    monkeypatch.setattr(module, "forward", counted)
+    model = network("bottleneck").double()
+    truth = step(copy.deepcopy(model), sample(torch.float64))
+    with fastres.use_backend("reference"):
+        got = step(fastres.convert(model, fusion=rung), sample(torch.float64))
+    assert stages == ([1] * 5 if rung == "b" else [2, 1, 1, 1])
+    for n, want in truth.items():
+        torch.testing.assert_close(got[n], want, rtol=1e-8, atol=1e-11, msg=n)
+
+
+def test_a_hook_on_a_block_keeps_its_tensors():
+    model = fastres.convert(network("bottleneck").double(), fusion="d")
+    seen: list[Tensor] = []
+    model.layer1[0].register_forward_hook(lambda m, args, z: seen.append(z))
+    truth = step(fastres.revert(copy.deepcopy(model)), sample(torch.float64))
+    with fastres.use_backend("reference"):
+        got = step(model, sample(torch.float64))
+    assert len(seen) == 2 and seen[1].shape == (2, 256, 9, 9)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got["conv1.weight"], truth["conv1.weight"], rtol=1e-8, atol=1e-11)
+
+
+def test_the_rung_can_be_changed_and_goes_with_revert():
+    model = fastres.convert(network("basic"), fusion="c1")
+    assert model.layer1[0]._fastres.rung == "c1"
+    fastres.convert(model)
+    assert model.layer1[0]._fastres.rung == "c1"
+    fastres.convert(model, fusion="b")
+    assert model.layer1[0]._fastres.rung == "b"
+    assert copy.deepcopy(model).layer1[0]._fastres.rung == "b"
+    assert fastres.convert(fastres.revert(model)).layer1[0]._fastres.rung is None
+
+
+def test_the_report_names_the_rung_and_what_keeps_a_conv_from_it():
+    model = fastres.convert(network("grouped"), fusion="c2")
+    row = next(r for r in fastres.report(model).rows if r.path == "layer1.1")
+    assert 'fusion "c2" cannot run here: the cpu backend has no fused convolutions' in row.reason
+    with fastres.use_backend("reference"):
+        row = next(r for r in fastres.report(model).rows if r.path == "layer1.1")
+    assert 'fusion "c2", conv2 on the vendor\'s conv (groups=8' in row.reason
+    assert "conv1 on" not in row.reason
+
+
+def test_a_rung_that_cannot_run_is_an_error_that_changes_nothing():
+    model = fastres.convert(network("basic"), fusion="d")
+    before = {n: b.clone() for n, b in model.named_buffers() if n.startswith("layer")}
+    with pytest.raises(fastres.BackendError, match=r'fusion="d" needs fused convolutions'):
+        model(sample())
+    assert all(torch.equal(b, model.get_buffer(n)) for n, b in before.items())
+
+
+@pytest.mark.parametrize("call", [
+    lambda: fastres.convert(nn.Linear(1, 1), fusion="c3"),
+    lambda: FastBottleneck(64, 16, fusion="c3"),
+])  # fmt: skip
+def test_an_unknown_rung(call):
+    with pytest.raises(ValueError, match=r"unknown fusion 'c3'; known: b, c1, c2, d"):
+        call()
+
+
+def test_a_module_on_a_rung():
+    torch.manual_seed(0)
+    block = FastBottleneck(64, 16, fusion="d").double()
+    plain = copy.deepcopy(block)
+    x = (
+        sample(torch.float64)[:, :1, :9, :9].expand(-1, 64, -1, -1)
+        * torch.randn(1, 64, 1, 1).double()
+    )
+    x = x.contiguous(memory_format=torch.channels_last)
+    with fastres.use_backend("reference"):
+        z = block(x)
+    torch.testing.assert_close(z, plain_forward(plain, x), rtol=1e-9, atol=1e-11)
+
+
+def plain_forward(m: FastBottleneck, x: Tensor) -> Tensor:
+    h = m.relu(m.bn1(m.conv1(x)))
+    h = m.relu(m.bn2(m.conv2(h)))
+    return m.relu(m.bn3(m.conv3(h)) + x)
