@@ -26,8 +26,14 @@ from ._conv import (
     wide,
 )
 from ._conv_config import bwd_pointwise_config, cut
-from ._conv_dgrad import finalise_sums, finish_gradient, norm_arguments, previous_arguments
-from ._conv_wgrad import add_splits
+from ._conv_dgrad import (
+    conv_dgrad,
+    finalise_sums,
+    finish_gradient,
+    norm_arguments,
+    previous_arguments,
+)
+from ._conv_wgrad import add_splits, conv_wgrad
 from ._launch import launch
 from ._tile import bound
 
@@ -160,9 +166,12 @@ def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, pre
     geo = Geometry.of(dx.shape, weight.shape, geometry)
     mode, y, vectors = norm_arguments(bn)
     previous = previous_arguments(prev)
-    dres = (None, None) if dres is None else tuple(dres)
-    reads = (dres[0], previous[0], previous[-2])
-    config = bwd_pointwise_config(geo, x, sum(t is not None for t in reads))
+    reads = (None if dres is None else dres.dz, previous[0], previous[-2])
+    config = bwd_pointwise_config(geo, x, mode, sum(t is not None for t in reads))
+    if config is None:  # for this mode: why_not, which does not know it, had one
+        conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev)
+        conv_wgrad(dw, g, x, geometry, bn, norm)
+        return
     plan = cut(geo.rows, geo.c, config)
     sum_part = None
     if prev is not None:
@@ -176,7 +185,8 @@ def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, pre
         plan.programs,
         (dx, sum_part, dw_part, g.dz, g.mask, y, x, krsc(weight), *vectors)
         + ((None,) * 4 if norm is None else tuple(norm))
-        + (*dres, *previous, 1.0 / geo.rows, geo.rows, c_units, k_units, plan.tiles, plan.chunks),
+        + ((None, None) if dres is None else tuple(dres))
+        + (*previous, 1.0 / geo.rows, geo.rows, c_units, k_units, plan.tiles, plan.chunks),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         C_ALIGN=c_align,

@@ -99,6 +99,12 @@ def _fit(size: int, most: int, least: int = 16) -> int:
     return min(max(triton.next_power_of_2(size), least), most)
 
 
+def _plain_fma(arch: Arch, itemsize: int) -> bool:
+    """fp32 without TF32: NVIDIA's tensor cores do not take it, so that a dot is plain FMAs, with its
+    operands in registers."""
+    return itemsize == 4 and arch.name.startswith("sm_") and not torch.backends.cudnn.allow_tf32
+
+
 def _gemm(
     arch: Arch, geo, rows, columns, summed, itemsize, prologue: int, epilogue: int, stats: bool
 ):
@@ -110,6 +116,8 @@ def _gemm(
     # operand 9 times from L2 and shared memory: the larger tile.
     most_m = arch.block_m // 2 if geo.pointwise or half else arch.block_m
     most_n = arch.block_n // 2 if epilogue > 1 or half else arch.block_n  # registers: spills else
+    if _plain_fma(arch, itemsize):
+        most_m, most_n = most_m // 2, min(arch.block_n, 64)
     block_m = _fit(rows, most_m)
     if stats:  # their reductions need registers beside the accumulators
         most_n = min(most_n, arch.stats_n[geo.r * geo.s > 1])
@@ -150,11 +158,15 @@ def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 
 
-def bwd_pointwise_config(geo, x, epilogue: int = 0) -> ConvConfig | None:
+def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvConfig | None:
     """None when a program cannot hold dw of all K output channels and a useful width.
 
     epilogue: tensors that it reads, as in dgrad_config."""
     arch = arch_of(x.device)
+    if _plain_fma(arch, x.element_size()):
+        return None
+    if arch.name == "sm_100" and mode == "frozen" and geo.k > 128:
+        return None  # spills: the registers of the operands' copy to shared memory
     elements = arch.dw_elements if x.element_size() < 4 else arch.dw_elements // 2
     block_k = _fit(geo.k, 1 << 20)
     block_n = _fit(geo.c, min(arch.block_n, elements // block_k) if block_k <= elements else 0, 0)
