@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._tile import (
     BF16,
@@ -64,6 +65,17 @@ def inside(ok, h, w, in_h, in_w, POINTWISE: tl.constexpr):
 def load_tile(ptr, rows, cols, stride, ok):
     """ptr[rows, cols] of a row-major matrix, 0 where not ok."""
     return tl.load(ptr + (rows * stride)[:, None] + cols[None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def load_block(source, row0, rows, col0, cols, stride, ok, DESCRIPTOR: tl.constexpr):
+    """load_tile of consecutive rows and columns; by the copy engine (TMA) where source is a tensor
+    descriptor, which knows the borders."""
+    if DESCRIPTOR:  # noqa: SIM108 (Triton compiles the branch that is taken)
+        tile = source.load([row0, col0])
+    else:
+        tile = load_tile(source, rows, cols, stride, ok)
+    return tile
 
 
 @triton.jit
@@ -227,6 +239,26 @@ def precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return "ieee"
+
+
+def descriptors(arch, geo: Geometry, itemsize: int) -> bool:
+    """Whether a conv's tiles are loaded by tensor descriptor: a plain GEMM whose rows are whole 16
+    bytes, on an architecture with a copy engine."""
+    return (
+        arch.descriptors
+        and geo.pointwise
+        and geo.c * itemsize % 16 == 0
+        and geo.k * itemsize % 16 == 0
+    )
+
+
+def source(x: torch.Tensor | None, rows: int, columns: int, by_descriptor: bool):
+    """What load_block takes: x, or a descriptor of its (pixels, channels) matrix with (rows,
+    columns) tiles."""
+    if x is None or not by_descriptor:
+        return x
+    n, c, h, w = x.shape
+    return TensorDescriptor(x, [n * h * w, c], [c, 1], [rows, columns])
 
 
 def why_not(x: torch.Tensor, weight: torch.Tensor, geometry) -> str | None:

@@ -16,16 +16,18 @@ import triton.language as tl
 from ._conv import (
     Geometry,
     activate,
+    descriptors,
     dot,
     krsc,
+    load_block,
     load_gate,
-    load_tile,
     norm_gradient,
     precision,
+    source,
     units,
     wide,
 )
-from ._conv_config import bwd_pointwise_config, cut
+from ._conv_config import arch_of, bwd_pointwise_config, cut
 from ._conv_dgrad import (
     conv_dgrad,
     finalise_sums,
@@ -43,7 +45,7 @@ def _conv_bwd_pointwise_kernel(
     dx_ptr,  # (rows, C)
     part_ptr,  # (2 or 3, chunks, C) fp32: sums of each chunk, or None
     dw_ptr,  # (chunks, K, C) fp32
-    g_ptr,  # (rows, K)
+    g_ptr,  # (rows, K); it, y_ptr and x_ptr are descriptors where DESCRIPTOR
     gmask_ptr,  # (rows, ceil(K / 8)) uint8 or None
     y_ptr,  # (rows, K) or None
     x_ptr,  # (rows, C)
@@ -75,6 +77,7 @@ def _conv_bwd_pointwise_kernel(
     chunks,
     C_ALIGN: tl.constexpr,
     K_ALIGN: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     WIDE: tl.constexpr,
     MODE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -109,11 +112,11 @@ def _conv_bwd_pointwise_kernel(
         row = m.to(tl.int64) if WIDE else m
         g_ok = m_ok[:, None] & ch_ok[None, :]
         x_ok = m_ok[:, None] & col_ok[None, :]
-        g = load_tile(g_ptr, row, ch, K, g_ok)
+        g = load_block(g_ptr, tile * BLOCK_M, row, 0, ch, K, g_ok, DESCRIPTOR)
         y = g
         if MODE == "bn":
-            y = load_tile(y_ptr, row, ch, K, g_ok)
-        x = load_tile(x_ptr, row, col, C, x_ok)
+            y = load_block(y_ptr, tile * BLOCK_M, row, 0, ch, K, g_ok, DESCRIPTOR)
+        x = load_block(x_ptr, tile * BLOCK_M, row, col0, col, C, x_ok, DESCRIPTOR)
 
         # 3. prologues
         if gmask_ptr is not None:
@@ -122,7 +125,7 @@ def _conv_bwd_pointwise_kernel(
         if MODE != "none":
             g = norm_gradient(
                 g.to(tl.float32), y, g_ok, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr,
-                inv_count, ch, ch_ok, g_ptr.dtype.element_ty, MODE,
+                inv_count, ch, ch_ok, x.dtype, MODE,
             )  # fmt: skip
         if in_mean_ptr is not None:
             x = activate(x, x_ok, in_mean_ptr, in_rstd_ptr, in_gamma_ptr, in_beta_ptr, col, col_ok)
@@ -178,12 +181,17 @@ def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, pre
         shape = (2 if previous[-1] is None else 3, plan.chunks, geo.c)
         sum_part = torch.empty(shape, dtype=torch.float32, device=x.device)
     dw_part = torch.empty((plan.chunks, geo.k, 1, geo.c), dtype=torch.float32, device=x.device)
+    by_descriptor = descriptors(arch_of(x.device), geo, x.element_size())
+    by_descriptor = by_descriptor and config.block_k < 256  # the copy engine's box; spills at it
+    dz, y = (source(t, config.block_m, config.block_k, by_descriptor) for t in (g.dz, y))
+    tile_x = config.block_m, config.block_n
     c_units, c_align = units(geo.c)
     k_units, k_align = units(geo.k)
     launch(
         _conv_bwd_pointwise_kernel,
         plan.programs,
-        (dx, sum_part, dw_part, g.dz, g.mask, y, x, krsc(weight), *vectors)
+        (dx, sum_part, dw_part, dz, g.mask, y, source(x, *tile_x, by_descriptor), krsc(weight))
+        + vectors
         + ((None,) * 4 if norm is None else tuple(norm))
         + ((None, None) if dres is None else tuple(dres))
         + (*previous, 1.0 / geo.rows, geo.rows, c_units, k_units, plan.tiles, plan.chunks),
@@ -191,6 +199,7 @@ def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, pre
         num_stages=config.num_stages,
         C_ALIGN=c_align,
         K_ALIGN=k_align,
+        DESCRIPTOR=by_descriptor,
         WIDE=wide(dx, g.dz),
         MODE=mode,
         PRECISION=precision(x.dtype),

@@ -37,7 +37,9 @@ class Arch:
     of them, so that the last wave costs little; dw_elements: elements of dw one program of
     conv_bwd_pointwise may hold; stats_n: columns of a tile whose epilogue takes statistics, of a
     1x1 conv and of others;
-    split_steps: steps of the sum below which storing a split of dw costs more than computing it.
+    split_steps: steps of the sum below which storing a split of dw costs more than computing it;
+    descriptors: 1x1 convs load their tiles by tensor descriptor (TMA), which spares the registers
+    and instructions of the addresses.
     """
 
     name: str
@@ -50,24 +52,25 @@ class Arch:
     dw_elements: int
     stats_n: tuple[int, int]
     split_steps: int
+    descriptors: bool
 
 
 ARCHS = {
     # 108 SMs, mma.sync: 64 x 64 a warp pair keeps the operand traffic from shared memory below its
     # bandwidth; 163 KB of shared memory hold two programs of 3 stages of 24 KB.
-    "sm_80": Arch("sm_80", 128, 64, 8, 128, 3, 8 * 108, 8192, (64, 64), 8),
+    "sm_80": Arch("sm_80", 128, 64, 8, 128, 3, 8 * 108, 8192, (64, 64), 8, False),
     # 132 SMs, wgmma 64 x N x 16: 128 x 128 on two warpgroups is 64 accumulator registers a thread,
     # which leaves room for an epilogue with statistics; 4 stages of 32 KB are under half of 227 KB
     # only at 3. 128-byte rows are the swizzle that wgmma and TMA read without bank conflicts.
-    "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 8 * 132, 8192, (64, 128), 8),
+    "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 8 * 132, 8192, (64, 128), 8, True),
     # 148 SMs, tcgen05: accumulators live in tensor memory (512 columns: two programs of 128 x 128
     # with room to spare), so the tile of sm_90 again.
-    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 8 * 148, 8192, (64, 64), 8),
+    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 8 * 148, 8192, (64, 64), 8, True),
     # 304 CUs, mfma 32x32x8: 64 KB of LDS hold 2 stages of 128 x 32 twice.
-    "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 8 * 304, 4096, (64, 64), 8),
+    "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 8 * 304, 4096, (64, 64), 8, False),
     # The interpreter pays per operation, not per element: large tiles. (The tests take small ones,
     # so that small shapes have several.)
-    "interpreter": Arch("interpreter", 256, 256, 4, 1024, 1, 6, 1 << 18, (256, 256), 1),
+    "interpreter": Arch("interpreter", 256, 256, 4, 1024, 1, 6, 1 << 18, (256, 256), 1, True),
 }
 
 
@@ -212,10 +215,11 @@ def cut(rows: int, columns: int, config: ConvConfig) -> Cut:
 
 
 def wgrad_cut(geo, config: ConvConfig, split_steps: int) -> tuple[int, int, int]:
-    """(tiles of dw, splits, rows of a split): half the programs of `cut`, since a split costs a
-    partial of the whole dw."""
+    """(tiles of dw, splits, rows of a split): one wave of two programs an SM, which are equal and so
+    have no tail, since a split costs a partial of the whole dw: 6 MB an image of a ResNet-50 at
+    batch 256."""
     tiles = triton.cdiv(geo.k, config.block_k) * triton.cdiv(geo.c, config.block_n) * geo.r * geo.s
-    splits = max(1, config.programs // (2 * tiles))
+    splits = max(1, config.programs // (4 * tiles))
     steps = triton.cdiv(geo.rows, config.block_m)
     each = max(triton.cdiv(steps, splits), min(split_steps, steps))
     return tiles, triton.cdiv(steps, each), each * config.block_m

@@ -15,19 +15,22 @@ import triton.language as tl
 from ._bn_bwd import finalise
 from ._conv import (
     Geometry,
+    descriptors,
     dot,
     inside,
     krsc,
+    load_block,
     load_gate,
     load_tile,
     norm_gradient,
     phases,
     pixel,
     precision,
+    source,
     units,
     wide,
 )
-from ._conv_config import cut, dgrad_config
+from ._conv_config import arch_of, cut, dgrad_config
 from ._launch import launch
 from ._tile import bound, load_affine, load_vector, normalise, passes, rounded
 
@@ -82,7 +85,8 @@ def finish_gradient(
 def _conv_dgrad_kernel(
     dx_ptr,  # (N * in_h * in_w, C)
     part_ptr,  # (2 or 3, chunks, C) fp32: sums of each chunk, or None
-    g_ptr,  # (rows of y, K): dy, or the gradient of the batch norm behind the conv
+    g_ptr,  # (rows of y, K): dy, or the gradient of the batch norm behind the conv; with y_ptr a
+    # descriptor where DESCRIPTOR
     gmask_ptr,  # (rows of y, ceil(K / 8)) uint8: its gate, or None
     y_ptr,  # (rows of y, K) or None
     w_ptr,  # (K, R * S * C)
@@ -131,6 +135,7 @@ def _conv_dgrad_kernel(
     C_ALIGN: tl.constexpr,
     K_ALIGN: tl.constexpr,
     POINTWISE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     WIDE: tl.constexpr,
     MODE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -175,10 +180,10 @@ def _conv_dgrad_kernel(
             ch = k0 + tl.arange(0, BLOCK_K)
             ch_ok = ch < K
             ok = a_ok[:, None] & ch_ok[None, :]
-            a = load_tile(g_ptr, a_row, ch, K, ok)
+            a = load_block(g_ptr, tile * BLOCK_M, a_row, k0, ch, K, ok, DESCRIPTOR)
             y = a
             if MODE == "bn":
-                y = load_tile(y_ptr, a_row, ch, K, ok)
+                y = load_block(y_ptr, tile * BLOCK_M, a_row, k0, ch, K, ok, DESCRIPTOR)
             b = tl.load(
                 w_ptr + (ch * (window * C) + tap * C)[:, None] + col[None, :],
                 mask=ch_ok[:, None] & col_ok[None, :],
@@ -192,7 +197,7 @@ def _conv_dgrad_kernel(
             if MODE != "none":
                 a = norm_gradient(
                     a.to(tl.float32), y, ok, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr,
-                    inv_count, ch, ch_ok, g_ptr.dtype.element_ty, MODE,
+                    inv_count, ch, ch_ok, dx_ptr.dtype.element_ty, MODE,
                 )  # fmt: skip
 
             # 4. multiply
@@ -269,6 +274,8 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
     if prev is not None:
         part = dx.new_empty((2 if previous[-1] is None else 3, chunks, geo.c), dtype=torch.float32)
     weight = krsc(weight)
+    by_descriptor = descriptors(arch_of(dx.device), geo, dx.element_size())
+    dz, y = (source(t, config.block_m, config.block_k, by_descriptor) for t in (g.dz, y))
     c_units, c_align = units(geo.c)
     k_units, k_align = units(geo.k)
     chunk0 = 0
@@ -276,7 +283,7 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
         launch(
             _conv_dgrad_kernel,
             plan.programs,
-            (dx, part, g.dz, g.mask, y, weight, *vectors, *dres, *previous, 1.0 / geo.rows)
+            (dx, part, dz, g.mask, y, weight, *vectors, *dres, *previous, 1.0 / geo.rows)
             + (rows, a.size, b.size, geo.h, geo.w, geo.p, geo.q, *geo.stride, a.first, b.first)
             + (a.off, b.off, a.step, b.step, a.taps, b.taps, a.tap0 * geo.s + b.tap0)
             + (a.tap_step * geo.s, b.tap_step, geo.r * geo.s, c_units, k_units)
@@ -286,6 +293,7 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
             C_ALIGN=c_align,
             K_ALIGN=k_align,
             POINTWISE=geo.pointwise,
+            DESCRIPTOR=by_descriptor,
             WIDE=wide(dx, g.dz),
             MODE=mode,
             PRECISION=precision(dx.dtype),

@@ -16,16 +16,19 @@ from ._bn_stats import chan, finalise
 from ._conv import (
     Geometry,
     activate,
+    descriptors,
     dot,
     inside,
     krsc,
+    load_block,
     load_tile,
     pixel,
     precision,
+    source,
     units,
     wide,
 )
-from ._conv_config import cut, fprop_config
+from ._conv_config import arch_of, cut, fprop_config
 from ._launch import launch, workspace
 from ._tile import bound, load_affine, normalise, pack_bits, passes, rounded, row_stride
 
@@ -36,7 +39,7 @@ def _conv_fprop_kernel(
     part_ptr,  # (3, chunks, K) fp32: mean - shift, M2, shift of each chunk; None: no statistics
     z_ptr,  # (rows, C): the block's output, written on the way; None: not wanted
     zmask_ptr,  # (rows, ceil(C / 8)) uint8 or None
-    x_ptr,  # (N * H * W, C)
+    x_ptr,  # (N * H * W, C); a descriptor of it where DESCRIPTOR
     w_ptr,  # (K, R * S * C)
     mean_ptr,  # (C,) fp32: the input's batch norm; None: x is taken as it is
     rstd_ptr,
@@ -72,6 +75,7 @@ def _conv_fprop_kernel(
     C_ALIGN: tl.constexpr,
     K_ALIGN: tl.constexpr,
     POINTWISE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     WIDE: tl.constexpr,
     RELU: tl.constexpr,  # of the output
     PRECISION: tl.constexpr,
@@ -120,7 +124,7 @@ def _conv_fprop_kernel(
             ch = c0 + kk
             ch_ok = ch < C
             ok = a_ok[:, None] & ch_ok[None, :]
-            a = load_tile(x_ptr, a_row, ch, C, ok)
+            a = load_block(x_ptr, tile * BLOCK_M, a_row, c0, ch, C, ok, DESCRIPTOR)
             b = tl.load(
                 w_ptr + (tap * C + ch)[:, None] + (col * (taps_h * taps_w * C))[None, :],
                 mask=ch_ok[:, None] & col_ok[None, :],
@@ -202,6 +206,9 @@ def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, 
     geo = Geometry.of(x.shape, weight.shape, geometry)
     config = fprop_config(geo, x, shortcut is not None, with_stats)
     plan = cut(geo.rows, geo.k, config)
+    # The block prologue writes z where it read x: it has the addresses anyway.
+    by_descriptor = shortcut is None and descriptors(arch_of(x.device), geo, x.element_size())
+    tile = config.block_m, config.block_k
     part = workspace(3, plan, y) if with_stats else None
     c_units, c_align = units(geo.c)
     k_units, k_align = units(geo.k)
@@ -209,7 +216,7 @@ def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, 
     launch(
         _conv_fprop_kernel,
         plan.programs,
-        (y, part, z, mask, x, krsc(weight))
+        (y, part, z, mask, source(x, *tile, by_descriptor), krsc(weight))
         + (_NONE if norm is None else tuple(norm))
         + (res, *(_NONE if res_norm is None else res_norm))
         + (_NONE if out_norm is None else tuple(out_norm))
@@ -221,6 +228,7 @@ def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, 
         C_ALIGN=c_align,
         K_ALIGN=k_align,
         POINTWISE=geo.pointwise,
+        DESCRIPTOR=by_descriptor,
         WIDE=wide(x, y),
         RELU=relu,
         PRECISION=precision(x.dtype),

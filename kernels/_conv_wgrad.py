@@ -14,13 +14,15 @@ import triton.language as tl
 from ._conv import (
     Geometry,
     activate,
+    descriptors,
     dot,
     inside,
+    load_block,
     load_gate,
-    load_tile,
     norm_gradient,
     pixel,
     precision,
+    source,
     units,
     wide,
 )
@@ -36,7 +38,7 @@ def _conv_wgrad_kernel(
     g_ptr,  # (rows, K): dy, or the gradient of the batch norm behind the conv
     gmask_ptr,  # (rows, ceil(K / 8)) uint8: its gate, or None
     y_ptr,  # (rows, K) or None
-    x_ptr,  # (N * H * W, C)
+    x_ptr,  # (N * H * W, C); it, g_ptr and y_ptr are descriptors where DESCRIPTOR
     mean_ptr,  # (K,) fp32: the batch norm behind the conv, or None
     rstd_ptr,
     gamma_ptr,
@@ -66,6 +68,7 @@ def _conv_wgrad_kernel(
     C_ALIGN: tl.constexpr,
     K_ALIGN: tl.constexpr,
     POINTWISE: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     WIDE: tl.constexpr,
     MODE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -105,11 +108,11 @@ def _conv_wgrad_kernel(
         x_ok = inside(m_ok, h0 + dh, w0 + dw, in_h, in_w, POINTWISE)[:, None] & col_ok[None, :]
         g_ok = m_ok[:, None] & ch_ok[None, :]
         row = m.to(tl.int64) if WIDE else m
-        g = load_tile(g_ptr, row, ch, K, g_ok)
+        g = load_block(g_ptr, m0, row, k0, ch, K, g_ok, DESCRIPTOR)
         y = g
         if MODE == "bn":
-            y = load_tile(y_ptr, row, ch, K, g_ok)
-        x = load_tile(x_ptr, x_row, col, C, x_ok)
+            y = load_block(y_ptr, m0, row, k0, ch, K, g_ok, DESCRIPTOR)
+        x = load_block(x_ptr, m0, x_row, c0, col, C, x_ok, DESCRIPTOR)
 
         # 3. prologues
         if gmask_ptr is not None:
@@ -118,7 +121,7 @@ def _conv_wgrad_kernel(
         if MODE != "none":
             g = norm_gradient(
                 g.to(tl.float32), y, g_ok, mean_ptr, rstd_ptr, gamma_ptr, dgamma_ptr, dbeta_ptr,
-                inv_count, ch, ch_ok, g_ptr.dtype.element_ty, MODE,
+                inv_count, ch, ch_ok, x.dtype, MODE,
             )  # fmt: skip
         if in_mean_ptr is not None:
             x = activate(x, x_ok, in_mean_ptr, in_rstd_ptr, in_gamma_ptr, in_beta_ptr, col, col_ok)
@@ -179,12 +182,15 @@ def conv_wgrad(dw, g, x, geometry, bn, norm):
     config = wgrad_config(geo, x, mode, norm is not None)
     tiles, splits, chunk = wgrad_cut(geo, config, arch_of(x.device).split_steps)
     part = torch.empty((splits, geo.k, geo.r * geo.s, geo.c), dtype=torch.float32, device=x.device)
+    by_descriptor = descriptors(arch_of(x.device), geo, x.element_size())
+    dz, y = (source(t, config.block_m, config.block_k, by_descriptor) for t in (g.dz, y))
+    tile_x = config.block_m, config.block_n
     c_units, c_align = units(geo.c)
     k_units, k_align = units(geo.k)
     launch(
         _conv_wgrad_kernel,
         tiles * splits,
-        (part, g.dz, g.mask, y, x, *vectors)
+        (part, dz, g.mask, y, source(x, *tile_x, by_descriptor), *vectors)
         + ((None,) * 4 if norm is None else tuple(norm))
         + (1.0 / geo.rows, geo.rows, geo.p, geo.q, geo.h, geo.w)
         + (*geo.stride, *geo.padding, *geo.dilation, geo.r, geo.s, c_units, k_units, chunk),
@@ -193,6 +199,7 @@ def conv_wgrad(dw, g, x, geometry, bn, norm):
         C_ALIGN=c_align,
         K_ALIGN=k_align,
         POINTWISE=geo.pointwise,
+        DESCRIPTOR=by_descriptor,
         WIDE=wide(x, g.dz),
         MODE=mode,
         PRECISION=precision(x.dtype),

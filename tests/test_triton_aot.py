@@ -170,12 +170,17 @@ def _source(kernel, args, constants):
     """ASTSource as the JIT would specialise these arguments."""
     import torch
     from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     pointer = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16", "torch.float16": "*fp16"}
     signature, constexprs, attributes = {}, dict(constants), {}
     for position, (name, arg) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if isinstance(arg, torch.Tensor):
             signature[name] = pointer.get(str(arg.dtype), "*u8")
+        elif isinstance(arg, TensorDescriptor):
+            element = pointer[str(arg.base.dtype)][1:]
+            block = ",".join(str(v) for v in arg.block_shape)
+            signature[name] = f"tensordesc<{element}[{block}]>"
         elif isinstance(arg, float):
             signature[name] = "fp32"
         elif arg is None or arg == 1:
