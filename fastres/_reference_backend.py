@@ -16,6 +16,7 @@ from ._reference_conv import (
     conv_dgrad,
     conv_fprop,
     conv_fprop_act,
+    conv_missing,
     conv_wgrad,
     conv_why_not,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "conv_dgrad",
     "conv_fprop",
     "conv_fprop_act",
+    "conv_missing",
     "conv_wgrad",
     "conv_why_not",
 ]

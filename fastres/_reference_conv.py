@@ -26,6 +26,10 @@ def gate_from_mask(mask: Tensor, like: Tensor) -> Tensor:
     return gate
 
 
+def conv_missing(device: torch.device) -> str | None:
+    return None
+
+
 def conv_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
     if geometry[-1] != 1:
         return f"groups={geometry[-1]}: the kernels take groups=1"

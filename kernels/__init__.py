@@ -112,6 +112,17 @@ def bn_relu_maxpool_bwd_apply(
     run(dx, dz, index, x, mean, rstd, gamma, dgamma, dbeta, kernel, stride, padding, training)
 
 
+def conv_missing(device):
+    """None when the conv kernels have tiles for this device, otherwise the reason."""
+    from ._conv_config import NoTable, arch_of
+
+    try:
+        arch_of(device)
+    except NoTable as e:
+        return str(e)
+    return None
+
+
 def conv_why_not(x, weight, geometry):
     """None when the conv kernels take this conv, otherwise the reason."""
     from ._conv import why_not

@@ -445,6 +445,43 @@ def test_cuts(triton, layer, dtype, changes):
             check(triton, dtype, outputs, _both, *args)
 
 
+@layers(FEW, ("bf16",))
+def test_64_bit_rows_give_the_same_bits(triton, layer, dtype, monkeypatch):
+    """What tensors past 2^31 elements run."""
+    from fastres.kernels import _conv_bwd_pointwise, _conv_dgrad, _conv_fprop, _conv_wgrad
+
+    def run():
+        outputs, inputs = fprop_case(layer, dtype, True)
+        out = {k: empty(v, dtype) for k, v in outputs.items()}
+        _fprop(triton, out, *inputs)
+        random, x, w, g, bn = gradient_case(layer, dtype, "bn", True)
+        dres, prev = residual_of(random, x, "mask"), previous_of(random, x, "dual")
+        for call in (_dgrad, *([_both] if layer.pointwise else [])):
+            made = {k: empty(v, dtype) for k, v in gradient_outputs(x, "dual").items()}
+            made["dw"] = empty(tuple(w.shape), dtype)
+            if call is _dgrad:
+                _dgrad(triton, made, g, w, layer.geometry, bn, dres, prev)
+                _wgrad(triton, made, g, x, layer.geometry, bn, None)
+            else:
+                _both(triton, made, g, x, w, layer.geometry, bn, None, dres, prev)
+            out |= {f"{call.__name__} {k}": v for k, v in made.items()}
+        return out
+
+    narrow = run()
+    asked = []
+    for module in (_conv_fprop, _conv_dgrad, _conv_wgrad, _conv_bwd_pointwise):
+        monkeypatch.setattr(module, "wide", lambda *tensors: asked.append(1) or True)
+    wide = run()
+    assert len(asked) >= 3
+    assert all(torch.equal(narrow[k], wide[k]) for k in narrow)
+
+
+def test_tensors_past_2_31_elements_take_64_bit_rows():
+    _conv = pytest.importorskip("fastres.kernels._conv")
+    assert not _conv.wide(torch.empty(2**31 - 2**24 - 1, device="meta"), None)
+    assert _conv.wide(torch.empty(2**31 - 2**24, device="meta"))
+
+
 @layers(("1x1", "3x3 s2"), ("bf16",))
 def test_two_runs_agree_bit_for_bit(triton, layer, dtype):
     def run():
@@ -485,6 +522,7 @@ def test_an_architecture_without_a_table_is_named(triton, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     with pytest.raises(config.NoTable, match=r"sm_70; known: sm_80, sm_90, sm_100, gfx942"):
         config.arch_of(torch.device("cuda"))
+    assert "sm_70" in triton.conv_missing(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert config.arch_of(torch.device("cuda")).name == "sm_80"
 

@@ -327,6 +327,9 @@ def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
                 f'{op}: fusion="{fusion}" needs fused convolutions, which the {backend.NAME} '
                 f'backend does not have; use fusion="b" on {x.device.type} tensors'
             )
+        reason = backend.conv_missing(x.device)
+        if reason is not None:
+            raise backends.BackendError(f'{op}: fusion="{fusion}" cannot run: {reason}')
     return fusion
 
 
