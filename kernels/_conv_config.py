@@ -7,7 +7,7 @@ measurement.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -128,8 +128,9 @@ def _gemm(
     row_bytes = arch.row_bytes
     if prologue > 1 and epilogue != 1:  # not below 64: narrower tiles have accesses under 16 bytes
         row_bytes = max(row_bytes // 2, 64)
-    block_k = _fit(summed, row_bytes // itemsize)
     warps = arch.num_warps if block_m >= 128 else 4
+    # 16 bytes a thread of the second operand's tile
+    block_k = _fit(summed, max(row_bytes, 512 * warps // block_n) // itemsize)
     # A second operand in the prologue is pipelined, too: one buffer less keeps two programs an SM.
     stages = max(arch.stages - (prologue > 1), 2) if arch.stages > 1 else 1
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
@@ -137,6 +138,8 @@ def _gemm(
 
 def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
     arch = arch_of(x.device)
+    if arch.name == "sm_80" and not stats:  # the same bytes in flight, fewer registers
+        arch = replace(arch, row_bytes=64, stages=4)
     return _gemm(arch, geo, geo.rows, geo.k, geo.c, x.element_size(), 1 + shortcut, 0, stats)
 
 
@@ -155,7 +158,8 @@ def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     block_n = _fit(geo.c, most)
     # The dot sums over pixels; the rows of both operands are contiguous in channels, so the step
     # only sets how much is in flight.
-    block_m = _fit(geo.rows, 64 if size < 4 else 32)
+    both = arch.name == "sm_80" and mode == "bn" and norm  # two prologues spill there
+    block_m = _fit(geo.rows, 64 if size < 4 and not both else 32)
     warps = arch.num_warps if block_k * block_n >= 8192 else 4
     stages = max(arch.stages - (mode == "bn"), 2) if arch.stages > 1 else 1
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
@@ -168,7 +172,7 @@ def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvC
     arch = arch_of(x.device)
     if _plain_fma(arch, x.element_size()):
         return None
-    if arch.name == "sm_100" and mode == "frozen" and geo.k > 128:
+    if arch.name in ("sm_80", "sm_100") and mode == "frozen" and geo.k > 128:
         return None  # spills: the registers of the operands' copy to shared memory
     elements = arch.dw_elements if x.element_size() < 4 else arch.dw_elements // 2
     block_k = _fit(geo.k, 1 << 20)

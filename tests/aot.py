@@ -1,0 +1,543 @@
+"""Compiles the Triton kernels for GPUs that are not here, and reads the machine code.
+
+    python tests/aot.py --write            # bench/results/aot/: every target, this Triton version
+    python tests/aot.py --write sm_90      # one target; what has not changed is not compiled again
+    python tests/aot.py --check            # says what of the table is stale, compiles nothing
+    python tests/aot.py --some sm_90       # what CI compiles, as JSON, one record a line
+
+The table holds what the budget (`Record.problems`) is about: registers, shared memory, programs an
+SM, and which instructions load, store and multiply. Accesses and tensor-core instructions are
+traced to the source line they come from, through inlining, by the debug information."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import hashlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# Of one program, and of all programs of an SM (CU); CUDA keeps 1 KB a program for itself.
+SHARED = {
+    "sm_80": (163 << 10, 164 << 10),
+    "sm_90": (227 << 10, 228 << 10),
+    "sm_100": (227 << 10, 228 << 10),
+    "gfx942": (64 << 10, 64 << 10),
+}
+TABLE = Path(__file__).resolve().parent.parent / "bench/results/aot"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One compiled kernel. wide: global accesses of 16 bytes (loads, stores); narrow: all others; a
+    copy by descriptor (TMA) is one of 16 bytes; narrow_tile: those of `narrow` that move activations, weights or gradients, not vectors of the
+    channels, mask bytes or partial sums; matrix: instruction -> count; dots: those that Triton
+    lowers to matrix instructions, and to plain FMAs."""
+
+    target: str
+    kernel: str
+    case: str
+    dtype: str
+    layout: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int
+    shared: int
+    programs: int  # an SM (CU) holds at once
+    local: int  # bytes of stack; on gfx942 with the spilled vector registers
+    local_accesses: int
+    wide: tuple[int, int]
+    narrow: tuple[int, int]
+    narrow_tile: tuple[int, int]
+    matrix: dict[str, int]
+    dots: tuple[int, int]
+    wide_wanted: tuple[int, int] | None
+    digest: str
+
+    @property
+    def conv(self) -> bool:
+        return "_conv_" in self.kernel
+
+    def instructions(self) -> tuple[str, ...]:
+        """What a dot should compile to: one of these; none: no matrix unit takes this dtype.
+
+        fp32 without TF32 runs on plain FMAs, on gfx942 on the matrix unit's fp32. wgmma takes TF32
+        operands only with the summed dimension contiguous; Triton transposes on the way, or uses the
+        older mma.sync; tcgen05 alike."""
+        if self.target == "gfx942":
+            return ("v_mfma",)
+        if self.dtype == "fp32":
+            return ()
+        best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}[self.target]
+        return (best, "HMMA") if self.dtype == "tf32" else (best,)
+
+    def _narrow_allowed(self, what: str) -> bool:
+        """wgmma and tcgen05 take TF32 operands only as described in `instructions`: Triton copies
+        the others 4 bytes a thread, 128 a warp, to transpose them on the way. On gfx942 it stores
+        from the layout of the matrix unit, 8 bytes a lane."""
+        if self.target == "gfx942":
+            return what == "stores"
+        return self.dtype == "tf32" and self.target != "sm_80" and what == "loads"
+
+    def problems(self) -> list[str]:
+        """Where the kernel breaks its budget."""
+        out = []
+        if self.local or self.local_accesses:
+            out.append(f"spills: {self.local} bytes of stack, {self.local_accesses} accesses")
+        if self.shared > SHARED[self.target][0]:
+            out.append(f"shared memory {self.shared} > {SHARED[self.target][0]}")
+        if self.programs < 1:
+            out.append(f"{self.registers} registers x {self.warps} warps do not fit")
+        if self.conv:
+            accepted = self.instructions()
+            wanted = {"_conv_bwd_pointwise_kernel": 2, "_conv_wgrad_finalise_kernel": 0}
+            if accepted and (self.dots[0] < wanted.get(self.kernel, 1) or self.dots[1]):
+                out.append(f"{self.dots[0]} dots on the matrix unit, {self.dots[1]} on plain FMAs")
+            if accepted and self.dots[0] and not self.matrix:
+                out.append("no matrix instruction")
+            if other := [m for m in self.matrix if not m.startswith(accepted or "none")]:
+                out.append(f"{', '.join(other)} where {' or '.join(accepted)} was expected")
+            for what, n in zip(("loads", "stores"), self.narrow_tile, strict=True):
+                if n and not self._narrow_allowed(what):
+                    out.append(f"{n} {what} of activations or weights under 16 bytes")
+        for i, what in enumerate(("loads", "stores")) if self.wide_wanted else ():
+            if self.wide[i] < self.wide_wanted[i]:
+                out.append(f"{self.wide[i]} 16-byte {what}, wanted {self.wide_wanted[i]}")
+            # vectors, mask bytes, the partials: few. A tile read element by element has dozens.
+            if self.narrow[i] > 8:
+                out.append(f"{self.narrow[i]} narrow {what} in an aligned NHWC kernel")
+        return out
+
+    @property
+    def key(self) -> tuple:
+        return self.kernel, self.case, self.dtype, self.layout, self.tile, self.warps, self.stages
+
+
+# --- compile --------------------------------------------------------------------------------------
+
+
+def _source(launch):
+    """ASTSource as the JIT would specialise these arguments."""
+    import torch
+    from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    pointer = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16", "torch.float16": "*fp16"}
+    signature, constexprs, attributes = {}, dict(launch.constants), {}
+    for position, (name, arg) in enumerate(launch.named().items()):
+        if isinstance(arg, torch.Tensor):
+            signature[name] = pointer.get(str(arg.dtype), "*u8")
+        elif isinstance(arg, TensorDescriptor):
+            element = pointer[str(arg.base.dtype)][1:]
+            block = ",".join(str(v) for v in arg.block_shape)
+            signature[name] = f"tensordesc<{element}[{block}]>"
+        elif isinstance(arg, float):
+            signature[name] = "fp32"
+        elif arg is None or arg == 1:
+            constexprs[name] = arg
+        else:
+            assert isinstance(arg, int) and abs(arg) < 2**31, (name, arg)
+            signature[name] = "i32"
+        if isinstance(arg, torch.Tensor) or (isinstance(arg, int) and arg != 1 and arg % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    signature.update({name: "constexpr" for name in constexprs})
+    names = {n: signature[n] for n in launch.kernel.arg_names}
+    return ASTSource(launch.kernel, names, constexprs, attributes)
+
+
+def compile_launch(target: str, launch) -> Record:
+    """Compile, read, count."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    backend, arch, lanes = TARGETS[target]
+    warps = launch.warps * 32 // lanes  # as `launch` does
+    options = {"num_warps": warps}
+    if launch.stages is not None:
+        options["num_stages"] = launch.stages
+    compiled = triton.compile(
+        _source(launch), target=GPUTarget(backend, arch, lanes), options=options
+    )
+    read = _read_cuda if backend == "cuda" else _read_hip
+    found = read(compiled, _pointers(launch.kernel))
+    shared = compiled.metadata.shared
+    # None and 0: not asked for
+    columns = getattr(compiled.metadata, "tmem_size", 0) or 0
+    programs = _programs(target, warps, found["registers"], shared, columns)
+    return Record(
+        **_identity(target, launch), shared=shared, programs=programs, **found,
+        wide_wanted=launch.wide,
+    )  # fmt: skip
+
+
+def _identity(target: str, launch) -> dict:
+    c = launch.constants
+    tile = [c[b] for b in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if b in c] if launch.conv else []
+    return {
+        "target": target,
+        "kernel": launch.kernel.__name__,
+        "case": launch.case,
+        "dtype": launch.dtype,
+        "layout": launch.layout,
+        "tile": "x".join(map(str, tile)),
+        "warps": launch.warps * 32 // TARGETS[target][2],
+        "stages": launch.stages or 0,
+        "digest": digest(launch),
+    }
+
+
+def _programs(target: str, warps: int, registers: int, shared: int, columns: int) -> int:
+    """How many programs an SM (CU) holds at once; 0: not even one."""
+    if target == "gfx942":  # 4 SIMDs of 512 registers a lane and 8 waves
+        waves = min(8, 512 // max(-(-registers // 8) * 8, 8))
+        limits = [4 * waves // warps, SHARED[target][1] // max(shared, 1), 32]
+    else:
+        one = -(-registers * 32 // 256) * 256 * warps
+        limits = [65536 // one, SHARED[target][1] // (shared + 1024), 64 // warps, 32]
+        if columns:  # of tensor memory
+            limits.append(512 // columns)
+    return min(limits)
+
+
+def digest(launch) -> str:
+    """Changes when the kernel would compile to something else: device code (not its comments or
+    place), specialisation, tile."""
+    source = _source(launch)
+    shape = (sorted(source.signature.items()), sorted(map(str, source.constants.items())))
+    text = _device_code(launch.kernel), shape, sorted(source.attrs), launch.warps, launch.stages
+    return hashlib.sha256(repr(text).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _device_code(kernel) -> str:
+    """The syntax of a jitted function and of those it calls."""
+    seen: dict[str, str] = {}
+
+    def add(function):
+        if function.__name__ in seen:
+            return
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn))).body[0]
+        if isinstance(tree.body[0], ast.Expr) and isinstance(tree.body[0].value, ast.Constant):
+            del tree.body[0]
+        seen[function.__name__] = ast.dump(tree)
+        for node in ast.walk(tree):
+            called = isinstance(node, ast.Name) and function.fn.__globals__.get(node.id)
+            if type(called) is type(kernel):
+                add(called)
+
+    add(kernel)
+    return repr(sorted(seen.items()))
+
+
+# --- from an instruction to what it is for --------------------------------------------------------
+
+
+def _pointers(kernel) -> dict[tuple[str, int], str]:
+    """(file name, line) -> "function:pointer argument" of the load or store there, in the kernel's
+    own file and those of the functions that all share."""
+    path = Path(inspect.getsourcefile(kernel.fn))
+    return {k: v for p in ("_conv.py", "_tile.py", path.name) for k, v in _of(path.parent / p)}
+
+
+@functools.cache
+def _of(path: Path) -> list[tuple[tuple[str, int], str]]:
+    found = []
+    for function in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        assigned: dict[str, list[ast.Assign]] = {}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                assigned.setdefault(node.targets[0].id, []).append(node)
+
+        def names(node, line, assigned=assigned):
+            for n in ast.walk(node):
+                if not isinstance(n, ast.Name):
+                    continue
+                if n.id.endswith("ptr"):
+                    yield n.id
+                else:  # the last assignment before the line
+                    before = [a for a in assigned.get(n.id, []) if a.lineno < line]
+                    if before:
+                        yield from names(before[-1].value, before[-1].lineno)
+
+        accesses = [
+            node
+            for node in ast.walk(function)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("tl.load", "tl.store")
+        ]
+        for node in accesses:
+            what = f"{function.name}:{next(iter(names(node.args[0], node.lineno)), '?')}"
+            # in a helper with one load, its return has the load's name, too
+            span = function if len(accesses) == 1 else node
+            found += [((path.name, i), what) for i in range(span.lineno, span.end_lineno + 1)]
+    return found
+
+
+# Of these no tile of activations or weights is made: vectors of the channels, the bits of a ReLU,
+# partial sums, and the fp32 partials of dw, which are written once a program.
+_SMALL = ("load_vector:", "load_gate:", "zmask_ptr", "part_ptr", "finalise_kernel:")
+
+
+def _is_tile(frames: list[tuple[str, int]], pointers: dict) -> bool:
+    """Whether an access whose source lines are `frames`, innermost first, moves a tile. What cannot
+    be told counts as one."""
+    what = next((pointers[f] for f in frames if f in pointers), "?")
+    return not any(word in what for word in _SMALL)
+
+
+def _count(instructions, wide: str, pointers: dict) -> tuple[int, int, int]:
+    """(16-byte, other, other of tiles) of (text, frames)."""
+    counted = [0, 0, 0]
+    for text, frames in instructions:
+        narrow = not re.search(wide, text)
+        counted[narrow] += 1
+        counted[2] += narrow and _is_tile(frames, pointers)
+    return tuple(counted)
+
+
+def _found(instructions, loads, stores, wide, matrix, pointers, compiled) -> dict:
+    """The fields of a Record from [(instruction, frames)]."""
+    accesses = [
+        _count([i for i in instructions if re.match(kind, i[0])], wide, pointers)
+        for kind in (loads, stores)
+    ]
+    mma = Counter(m[0] for m in (re.match(matrix, text) for text, _ in instructions) if m)
+    return {
+        "wide": tuple(a[0] for a in accesses),
+        "narrow": tuple(a[1] for a in accesses),
+        "narrow_tile": tuple(a[2] for a in accesses),
+        "matrix": dict(sorted(mma.items())),
+        "dots": _dots(compiled.asm["ttgir"]),
+    }
+
+
+def _dots(ttgir: str) -> tuple[int, int]:
+    """Dots that Triton lowers to matrix instructions, and those it makes of plain FMAs."""
+    matrix = len(re.findall(r"= ttng\.warp_group_dot |ttng\.tc_gen5_mma ", ttgir))
+    layouts = re.findall(r"= tt\.dot .*-> tensor<[^>]*, (#\w+)>", ttgir)
+    own = [layout for layout in layouts if re.match(r"#(mma|linear)", layout)]
+    return matrix + len(own), len(layouts) - len(own)
+
+
+def _read_cuda(compiled, pointers) -> dict:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+    def run(*command):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(compiled.asm["cubin"])
+            f.flush()
+            command = [tools / command[0], *command[1:], f.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = run("cuobjdump", "-res-usage")
+    registers, stack = re.search(r"REG:(\d+).*?STACK:(\d+)", usage, re.S).groups()
+    instructions, frames, local, annotated = [], [], 0, False
+    for line in run("nvdisasm", "-gi", "-c").splitlines():
+        if place := re.search(r'//## File "([^"]+)", line (\d+)', line):
+            # innermost first, one line a frame
+            frames = [*frames, _place(place)] if annotated else [_place(place)]
+            annotated = True
+        elif op := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z]\S*)", line):
+            instructions.append((op[1], frames))
+            local += op[1].startswith(("LDL", "STL"))
+            annotated = False
+    return {
+        "registers": int(registers),
+        "local": int(stack),
+        "local_accesses": local,
+        **_found(
+            instructions, r"LDG\.|LDGSTS|UTMALDG", r"STG|UTMASTG", r"\.128|UTMA", r"HGMMA|[HI]MMA|UTC\w*MMA",
+            pointers, compiled,
+        ),
+    }  # fmt: skip
+
+
+def _place(match: re.Match) -> tuple[str, int]:
+    return Path(match[1]).name, int(match[2])
+
+
+def _read_hip(compiled, pointers) -> dict:
+    asm = compiled.asm["amdgcn"]
+
+    def field(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", asm).group(1))
+
+    instructions, frames, scratch = [], [], 0
+    for line in asm.splitlines():
+        if re.match(r"\s+\.loc\s", line):
+            chain = line.partition(";")[2]
+            frames = [(m[1], int(m[2])) for m in re.finditer(r"([\w.]+\.py):(\d+):", chain)]
+        elif op := re.match(r"\s+([a-z]\w+)", line):
+            instructions.append((op[1], frames))
+            scratch += op[1].startswith(("scratch_load", "scratch_store"))
+    return {
+        "registers": field("vgpr_count"),
+        # Spilled scalar registers go to lanes of a vector register, not to memory.
+        "local": field("vgpr_spill_count") + field("private_segment_fixed_size"),
+        "local_accesses": scratch,
+        **_found(
+            instructions, r"(global|buffer)_load_", r"(global|buffer)_store_", r"dwordx4",
+            r"v_mfma", pointers, compiled,
+        ),
+    }  # fmt: skip
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+_COLUMNS = [
+    "kernel", "case", "dtype", "layout", "tile", "warps", "stages", "registers", "shared",
+    "programs", "local", "local_accesses", "wide", "narrow", "narrow_tile", "matrix", "dots",
+    "wide_wanted", "digest",
+]  # fmt: skip
+
+
+def triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
+def path_of(target: str, version: str | None = None) -> Path:
+    return TABLE / f"triton-{version or triton_version()}-{target}.json"
+
+
+def write_table(path: Path, target: str, records: list[Record]) -> None:
+    head = {"triton": triton_version(), "target": target, "columns": _COLUMNS}
+    rows = [json.dumps([getattr(r, c) for c in _COLUMNS]) for r in records]
+    text = json.dumps(head)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def from_dict(row: dict) -> Record:
+    """A Record from JSON, whose lists were tuples."""
+    return Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+
+
+def read_table(path: Path) -> list[Record]:
+    if not path.exists():
+        return []
+    table = json.loads(path.read_text())
+    return [
+        from_dict(dict(zip(table["columns"], row, strict=True), target=table["target"]))
+        for row in table["rows"]
+    ]
+
+
+def summary(records: list[Record]) -> str:
+    """One line of docs/triton.md's table."""
+    convs = [r for r in records if r.conv and sum(r.dots)]
+    spilled = [r for r in records if r.local or r.local_accesses]
+    programs = Counter(r.programs for r in convs)
+    matrix = {}
+    for r in convs:
+        kinds = "+".join(r.matrix) or "FMA"
+        matrix.setdefault(r.dtype, Counter())[re.sub(r"UTC(\w*)MMA", r"UTC\1MMA", kinds)] += 1
+    return " | ".join(
+        [
+            str(len(records)),
+            str(len(spilled)),
+            f"{min(r.registers for r in convs)} to {max(r.registers for r in convs)}",
+            f"{max(r.shared for r in convs) >> 10} KB",
+            ", ".join(f"{n} x {k}" for k, n in sorted(programs.items())),
+            "; ".join(
+                f"{d}: {', '.join(k for k, _ in m.most_common())}" for d, m in matrix.items()
+            ),
+        ]
+    )
+
+
+def _launches(which: str, target: str):
+    import aot_cases
+
+    return getattr(aot_cases, which)(target)
+
+
+def _write(target: str, every: bool) -> list[str]:
+    """Bring a target's table up to date; the problems found."""
+    path = path_of(target)
+    known = {(r.key, r.digest): r for r in ([] if every else read_table(path))}
+    records = []
+    for launch in _launches("everything", target):
+        i = _identity(target, launch)
+        fields = ("kernel", "case", "dtype", "layout", "tile", "warps", "stages")
+        record = known.get((tuple(i[f] for f in fields), i["digest"]))
+        if record is None:
+            record = compile_launch(target, launch)
+            print(f"{target} {len(records)} {record.kernel} {record.case}", file=sys.stderr)
+        records.append(record)
+        if len(records) % 20 == 0:
+            write_table(path, target, records + [r for r in known.values() if r not in records])
+    write_table(path, target, records)
+    print(f"| {target} | {summary(records)} |")
+    return [f"{r.target} {r.kernel} [{r.case}, {r.dtype}, {r.tile}]: {p}"
+            for r in records for p in r.problems()]  # fmt: skip
+
+
+def _check(target: str) -> list[str]:
+    """What of a target's table is stale."""
+    path = path_of(target)
+    if not path.exists():
+        return [f"{path.name} is missing"]
+    have = {(*r.key, r.digest) for r in read_table(path)}
+    want = {(*_key(_identity(target, x)),) for x in _launches("everything", target)}
+    return [
+        f"{path.name}: {len(rows)} rows {what}, first: {' '.join(map(str, min(rows)))}"
+        for what, rows in (("are missing or changed", want - have), ("no longer run", have - want))
+        if rows
+    ]
+
+
+def _key(i: dict) -> tuple:
+    fields = ("kernel", "case", "dtype", "layout", "tile", "warps", "stages", "digest")
+    return tuple(i[f] for f in fields)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--write", action="store_true", help="regenerate the committed table")
+    what.add_argument("--check", action="store_true", help="is the committed table up to date")
+    what.add_argument("--some", action="store_true", help="compile what CI compiles")
+    what.add_argument("--everything", action="store_true", help="compile all, write nothing")
+    parser.add_argument("--all", action="store_true", help="with --write: compile unchanged rows")
+    parser.add_argument("targets", nargs="*", default=[], metavar="target", help=", ".join(TARGETS))
+    options = parser.parse_args()
+    problems = []
+    for target in options.targets or TARGETS:
+        if options.write:
+            problems += _write(target, options.all)
+        elif options.check:
+            problems += _check(target)
+        else:
+            for launch in _launches("some" if options.some else "everything", target):
+                print(json.dumps(asdict(compile_launch(target, launch))), flush=True)
+    print("\n".join(problems), file=sys.stderr)
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET"):
+        sys.exit("unset TRITON_INTERPRET: triton.jit would make interpreted functions")
+    sys.exit(main())
