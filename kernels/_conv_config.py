@@ -103,7 +103,7 @@ def _fit(size: int, most: int, least: int = 16) -> int:
 
 
 def _plain_fma(arch: Arch, itemsize: int) -> bool:
-    """fp32 without TF32: NVIDIA's tensor cores do not take it, so that a dot is plain FMAs, with its
+    """fp32 without TF32: NVIDIA's tensor cores do not take it, so that a dot is plain FMAs, its
     operands in registers."""
     return itemsize == 4 and arch.name.startswith("sm_") and not torch.backends.cudnn.allow_tf32
 
@@ -219,9 +219,9 @@ def cut(rows: int, columns: int, config: ConvConfig) -> Cut:
 
 
 def wgrad_cut(geo, config: ConvConfig, split_steps: int) -> tuple[int, int, int]:
-    """(tiles of dw, splits, rows of a split): one wave of two programs an SM, which are equal and so
-    have no tail, since a split costs a partial of the whole dw: 6 MB an image of a ResNet-50 at
-    batch 256."""
+    """(tiles of dw, splits, rows of a split): one wave of two programs an SM, which are equal and
+    so have no tail, since a split costs a partial of the whole dw: 6 MB an image of a ResNet-50
+    at batch 256."""
     tiles = triton.cdiv(geo.k, config.block_k) * triton.cdiv(geo.c, config.block_n) * geo.r * geo.s
     splits = max(1, config.programs // (4 * tiles))
     steps = triton.cdiv(geo.rows, config.block_m)

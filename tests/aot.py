@@ -45,10 +45,11 @@ TABLE = Path(__file__).resolve().parent.parent / "bench/results/aot"
 
 @dataclass(frozen=True)
 class Record:
-    """One compiled kernel. wide: global accesses of 16 bytes (loads, stores); narrow: all others; a
-    copy by descriptor (TMA) is one of 16 bytes; narrow_tile: those of `narrow` that move activations, weights or gradients, not vectors of the
-    channels, mask bytes or partial sums; matrix: instruction -> count; dots: those that Triton
-    lowers to matrix instructions, and to plain FMAs."""
+    """One compiled kernel. wide: global accesses of 16 bytes (loads, stores), a copy by descriptor
+    (TMA) being one; narrow: all others; narrow_tile: those of `narrow` that move activations,
+    weights or gradients, not vectors of the channels, mask bytes or partial sums; matrix:
+    instruction -> count; dots: those that Triton lowers to matrix instructions, and to plain
+    FMAs."""
 
     target: str
     kernel: str
@@ -79,8 +80,8 @@ class Record:
         """What a dot should compile to: one of these; none: no matrix unit takes this dtype.
 
         fp32 without TF32 runs on plain FMAs, on gfx942 on the matrix unit's fp32. wgmma takes TF32
-        operands only with the summed dimension contiguous; Triton transposes on the way, or uses the
-        older mma.sync; tcgen05 alike."""
+        operands only with the summed dimension contiguous, and tcgen05 alike: Triton transposes
+        the others on the way, or uses the older mma.sync."""
         if self.target == "gfx942":
             return ("v_mfma",)
         if self.dtype == "fp32":
@@ -137,7 +138,6 @@ def _source(launch):
     """ASTSource as the JIT would specialise these arguments."""
     import torch
     from triton.compiler import ASTSource
-    from triton.tools.tensor_descriptor import TensorDescriptor
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     pointer = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16", "torch.float16": "*fp16"}
@@ -367,8 +367,8 @@ def _read_cuda(compiled, pointers) -> dict:
         "local": int(stack),
         "local_accesses": local,
         **_found(
-            instructions, r"LDG\.|LDGSTS|UTMALDG", r"STG|UTMASTG", r"\.128|UTMA", r"HGMMA|[HI]MMA|UTC\w*MMA",
-            pointers, compiled,
+            instructions, r"LDG\.|LDGSTS|UTMALDG", r"STG|UTMASTG", r"\.128|UTMA",
+            r"HGMMA|HMMA|UTC\w*MMA", pointers, compiled,
         ),
     }  # fmt: skip
 

@@ -93,8 +93,9 @@ class Launch:
 @contextlib.contextmanager
 def capture(target: str) -> Iterator[list[Launch]]:
     """Inside, the backend's functions on meta tensors launch nothing and fill the list."""
-    from fastres import backends, kernels
     from fastres.kernels import _conv_config
+
+    from fastres import backends, kernels
 
     found: list[Launch] = []
 
