@@ -82,6 +82,11 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return name, why
 
 
+def forced() -> bool:
+    """Whether a `use_backend` block is active."""
+    return bool(_forced)
+
+
 def select(x: Tensor) -> ModuleType:
     """The backend module that runs an op on x."""
     return importlib.import_module(MODULES[choose(x.device, x.dtype)[0]])

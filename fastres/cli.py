@@ -72,6 +72,17 @@ def make_parser() -> argparse.ArgumentParser:
     _add_roofline_arguments(roofline)
     roofline.set_defaults(run=_roofline)
 
+    tune = commands.add_parser(
+        "tune",
+        help="measure which kernels are fastest for a model on this machine, and remember them",
+        description="Measures, for every distinct block of MODEL, the original forward and each "
+        "rung of fusion that runs here, after checking its numbers; saves the choices for later "
+        "runs of fastres on this machine (FASTRES_CACHE). Ctrl-C keeps what was measured. "
+        "Exit code: 0 done, 1 failed, 2 bad input.",
+    )
+    _add_tune_arguments(tune)
+    tune.set_defaults(run=_tune)
+
     doctor = commands.add_parser(
         "doctor",
         help="say what is installed, what works, and why the rest does not",
@@ -121,6 +132,61 @@ def _add_roofline_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", action="store_true", help="also every kernel of each rung")
     parser.add_argument("--json", action="store_true", help="as JSON; bytes are of the batch")
+
+
+def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--batch", type=at_least(1), default=8, metavar="N", help="images (default 8)"
+    )
+    parser.add_argument(
+        "--size",
+        type=at_least(MIN_SIZE),
+        default=224,
+        metavar="PX",
+        help="side of the square input (default 224)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="autocast's (default fp32: off)",
+    )
+    parser.add_argument(
+        "--mode", choices=("both", "training", "inference"), default="both", help="(default both)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=None, help="(default cuda where there is one)"
+    )
+    parser.add_argument(
+        "--seconds", type=positive("s"), default=60.0, metavar="S", help="to time (default 60)"
+    )
+
+
+def _tune(args: argparse.Namespace, argv: list[str]) -> int:
+    check_model_name(args.model)
+    import torch
+
+    import fastres
+    from fastres import plan, tuning
+    from fastres.bench.models import build_model
+    from fastres.bench.progress import Progress
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("argument --device: there is no CUDA device")
+    model = build_model(args.model).to(device).to(memory_format=torch.channels_last)
+    fastres.convert(model)
+    x = torch.randn(args.batch, 3, args.size, args.size, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    modes = tuning.MODES if args.mode == "both" else (args.mode,)
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    context = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    with context, Progress(0) as progress:
+        found = fastres.tune(model, x, modes=modes, seconds=args.seconds, progress=progress)
+    print(found)
+    print(f"saved in {plan.cache_file(plan.current(device).who)}")
+    return 0
 
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
-from . import counters, inference
+from . import backends, counters, inference, plan
 from .ops import (
     BatchNorm,
     Block,
@@ -31,6 +31,7 @@ from .ops._ladder import RUNGS
 from .ops._units import needs_grad
 from .ops.residual_stage import check_fusion
 
+CHOICES_KEPT = 64  # input shapes of a module whose plan entries are remembered
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -65,6 +66,7 @@ class Fusion:
 
     spec: Spec
     rung: str | None = None
+    choices: dict[tuple, tuple[int, str, str]] = field(default_factory=dict)
     caches: dict[str, inference.Cache] = field(default_factory=dict)
 
     def cache(self, conv: str) -> inference.Cache:
@@ -144,6 +146,60 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def signature(module: nn.Module, spec: Spec) -> str:
+    """The layers of a block as a plan knows them: '1x1 64>64 b, 3x3 64>64 s2 b + 1x1 64>256 s2 b',
+    b: batch statistics, f: frozen ones."""
+
+    def layer(pair: tuple[str, str]) -> str:
+        conv, bn = child(module, pair[0]), child(module, pair[1])
+        r, s = conv.kernel_size
+        parts = [f"{r}x{s} {conv.in_channels}>{conv.out_channels}"]
+        for letter, value, usual in (
+            ("s", conv.stride, (1, 1)),
+            ("d", conv.dilation, (1, 1)),
+            ("p", conv.padding, ((r - 1) // 2, (s - 1) // 2)),
+        ):
+            if tuple(value) != usual:
+                parts.append(letter + "x".join(str(v) for v in dict.fromkeys(value)))
+        if conv.groups != 1:
+            parts.append(f"g{conv.groups}")
+        return " ".join([*parts, "b" if bn.training or bn.running_mean is None else "f"])
+
+    text = ", ".join(layer(pair) for pair in spec.units)
+    return text if spec.shortcut is None else f"{text} + {layer(spec.shortcut)}"
+
+
+def plan_key(module: Any, x: Tensor, training: bool) -> plan.Key:
+    """What a choice for this call of a fused module is filed under."""
+    spec = module._fastres.spec
+    text = signature(module, spec)
+    if not isinstance(module, ResidualBlockMixin):
+        text = f"stem {text}"
+    return plan.Key.of(text, x, autocast_dtype(x) or x.dtype, training)
+
+
+def choice_of(module: Any, x: Tensor) -> tuple[str, str]:
+    """(rung or plan.EAGER, why) for this call; explicit > table > cache > heuristic."""
+    fusion: Fusion = module._fastres
+    if fusion.rung is not None:
+        return fusion.rung, "explicit"
+    if torch.compiler.is_compiling() or x.dtype == torch.float64 or backends.forced():
+        return plan.HEURISTIC  # nothing is measured there
+    current = plan.current(x.device)
+    if current.empty:
+        return plan.HEURISTIC
+    training = torch.is_grad_enabled()
+    last = child(module, fusion.spec.units[-1][1])
+    fast = (x.shape, x.stride(), x.dtype, x.device, autocast_dtype(x), training, last.training)
+    known = fusion.choices.get(fast)
+    if known is None or known[0] != current.version:
+        if len(fusion.choices) >= CHOICES_KEPT:
+            fusion.choices.clear()
+        choice, why = current.lookup(plan_key(module, x, training))
+        known = fusion.choices[fast] = (current.version, choice, why)
+    return known[1], known[2]
 
 
 class FusedMixin:
@@ -240,8 +296,10 @@ class ResidualBlockMixin(FusedMixin):
     def forward(self, x: Tensor) -> Tensor:
         reason = self._obstacle(x)
         if reason is None:
-            return self.fused_forward(x)
-        self._leave(reason)
+            if choice_of(self, x)[0] != plan.EAGER:
+                return self.fused_forward(x)
+        else:
+            self._leave(reason)
         return super().forward(x)  # type: ignore[misc]
 
     def _obstacle(self, x: Tensor) -> str | None:
@@ -262,7 +320,8 @@ class ResidualBlockMixin(FusedMixin):
             z = _folded_block(module, self._fastres, x, own_input)
             if z is not None:
                 return z
-        rung = check_fusion(type(self).__name__, self._fastres.rung, x)
+        choice, _ = choice_of(self, x)
+        rung = check_fusion(type(self).__name__, None if choice == plan.EAGER else choice, x)
         return residual_block(x, *block_of(module, spec), rung)
 
 
@@ -326,8 +385,9 @@ def run_blocks(layers: list[Any], x: Tensor, own_input: bool) -> Tensor:
     none there is written over. On rungs c1 and up the blocks of a layer run as one stage, fused
     across their borders."""
     for layer in layers:
-        if _is_stage(layer, x):
-            x, own_input = _run_stage(list(layer), x), False
+        rung = _stage_rung(layer, x)
+        if rung is not None:
+            x, own_input = _run_stage(list(layer), x, rung), False
             continue
         watched = (
             torch.is_grad_enabled()
@@ -339,36 +399,40 @@ def run_blocks(layers: list[Any], x: Tensor, own_input: bool) -> Tensor:
             x, own_input = layer(x), False
             continue
         for block in layer:
-            fused = isinstance(block, ResidualBlockMixin)
-            if fused and not has_hooks(block) and block._obstacle(x) is None:
+            fused = (
+                isinstance(block, ResidualBlockMixin)
+                and not has_hooks(block)
+                and block._obstacle(x) is None
+                and choice_of(block, x)[0] != plan.EAGER
+            )
+            if fused:
                 x, own_input = block.fused_forward(x, own_input), True
             else:
                 x, own_input = block(x), False
     return x
 
 
-def _is_stage(layer: Any, x: Tensor) -> bool:
-    """Whether all blocks of a layer are fused and unwatched, on one rung above b."""
+def _stage_rung(layer: Any, x: Tensor) -> str | None:
+    """The rung above b that was asked for on all blocks of a layer, if they are fused and
+    unwatched; None when they do not run as one stage. (A plan chooses block by block.)"""
     if type(layer) is not nn.Sequential or has_hooks(layer) or len(layer) == 0:
-        return False
-    rung = getattr(getattr(layer[0], "_fastres", None), "rung", None)
-    return (
-        rung is not None
-        and RUNGS[rung].conv
-        and all(
-            isinstance(b, ResidualBlockMixin)
-            and b._fastres.rung == rung
-            and not has_hooks(b)
-            and b._obstacle(x) is None
-            for b in layer
-        )
-    )
+        return None
+    first: Any = layer[0]
+    rung = first._fastres.rung if isinstance(first, ResidualBlockMixin) else None
+    if rung is None or not RUNGS[rung].conv:
+        return None
+    for block in layer:
+        if not isinstance(block, ResidualBlockMixin) or block._fastres.rung != rung:
+            return None
+        if has_hooks(block) or block._obstacle(x) is not None:
+            return None
+    return rung
 
 
-def _run_stage(blocks: list[Any], x: Tensor) -> Tensor:
+def _run_stage(blocks: list[Any], x: Tensor, rung: str) -> Tensor:
     first = blocks[0]
     x = _cast_input(first, first._fastres.spec, x)
-    rung = check_fusion(type(first).__name__, first._fastres.rung, x)
+    check_fusion(type(first).__name__, rung, x)
     return residual_stage(x, [block_of(b, b._fastres.spec) for b in blocks], rung)
 
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastres import memory
+from fastres import memory, plan
 from fastres.nn import FusedMixin, Fusion, ResidualBlockMixin, fuse, unfuse
 from fastres.ops._ladder import RUNGS
 
@@ -113,6 +113,9 @@ def convert(
         for m in model.modules():
             if isinstance(m, ResidualBlockMixin):
                 m._fastres.rung = fusion
+    p = next(model.parameters(), None)
+    if p is not None and p.device.type in ("cpu", "cuda"):
+        plan.synchronise(p.device)
     if candidates and any(p.device.type == "cpu" for p in model.parameters()):
         memory.keep_buffers()
     return model

@@ -96,12 +96,21 @@ def _backend(m: nn.Module) -> tuple[str, str]:
     return name, why
 
 
+def _planned(fusion: Any) -> list[str]:
+    """What the plan chose for the calls so far, and why."""
+    found = []
+    for key, (_, choice, why) in getattr(fusion, "choices", {}).items():
+        shape, mode = "x".join(map(str, key[0])), "training" if key[5] else "inference"
+        found.append(f"{mode} on {shape}: {choice} ({why})")
+    return found
+
+
 def _rung(m: nn.Module) -> str:
     """Which rung was asked for, and which convs run on the vendor's kernels there, and why."""
     fusion: Any = getattr(m, "_fastres", None)
     rung = getattr(fusion, "rung", None)
     if rung is None:
-        return ""
+        return "".join(f"; {text}" for text in _planned(fusion))
     text = f'; fusion "{rung}"'
     p = next(m.parameters())
     if not RUNGS[rung].conv:

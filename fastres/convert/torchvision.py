@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.nn import ResidualBlockMixin, Spec, StemMixin, run_blocks
+from fastres import plan
+from fastres.nn import ResidualBlockMixin, Spec, StemMixin, choice_of, run_blocks
 
 from ._match import Match, Matcher
 
@@ -24,7 +25,8 @@ class TorchvisionResNetMixin(StemMixin):
             self._leave(reason)
             return super()._forward_impl(x)  # type: ignore[misc]
         m: Any = self
-        x = self.fused_forward(x)
+        fused = choice_of(self, x)[0] != plan.EAGER
+        x = self.fused_forward(x) if fused else plain_stem(self, x)
         x = run_blocks([m.layer1, m.layer2, m.layer3, m.layer4], x, own_input=True)
         return m.fc(torch.flatten(m.avgpool(x), 1))
 

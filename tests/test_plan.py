@@ -1,0 +1,368 @@
+"""The plan: precedence, files (sorted, atomic, corrupt, foreign), tuning, rejection, the report."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import fastres
+from fastres import plan, tuning
+from fastres.nn import choice_of
+from fastres.plan import EAGER, Entry, Key
+
+torchvision = pytest.importorskip("torchvision")
+WHO = {"device": "a card", "driver": "1", "fastres": "0", "torch": "2", "triton": "3"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of its own for each test."""
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    plan.forget()
+    yield tmp_path
+    plan.forget()
+
+
+def key(**changes) -> Key:
+    values = {
+        "block": "3x3 8>8 b", "shape": (2, 8, 4, 4), "dtype": "float32", "layout": "channels_last",
+        "mode": "training",
+    }  # fmt: skip
+    return Key(**{**values, **changes})
+
+
+def entry(choice="b", ratio=1.5, **rest) -> Entry:
+    return Entry(choice, {EAGER: 3.0, "b": 2.0}, ratio, **rest)
+
+
+def network() -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [2, 1, 1, 1], num_classes=4)
+    return fastres.convert(model.to(memory_format=torch.channels_last))
+
+
+def sample(n=2, size=33) -> torch.Tensor:
+    return torch.randn(n, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_a_file_round_trips_sorted():
+    entries = {
+        key(mode=m, shape=(n, 8, 4, 4)): entry() for m in ("training", "inference") for n in (9, 2)
+    }
+    text = plan.encode(WHO, entries, "abc")
+    assert plan.decode(text) == (WHO, entries)
+    assert text == plan.encode(WHO, dict(reversed(entries.items())), "abc")
+    rows = json.loads(text)["entries"]
+    assert [(r["shape"][0], r["mode"]) for r in rows] == [
+        (2, "inference"), (2, "training"), (9, "inference"), (9, "training")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"schema": 99}', '{"schema": 1}', "\x00\x01",
+     json.dumps({"schema": 1, "identity": WHO, "entries": [{"choice": "b"}]}),
+     plan.encode(WHO, {key(): entry("fastest")}, None)],
+    ids=["empty", "cut", "list", "schema", "no entries", "binary", "no key", "unknown choice"],
+)  # fmt: skip
+def test_a_corrupt_file_is_set_aside(cache, caplog, text):
+    path = cache / "plan-x.json"
+    path.write_text(text)
+    assert plan.read(path, WHO) == {}
+    assert not path.exists() and len(list(cache.glob("plan-x.json.corrupt-*"))) == 1
+    assert "is corrupt" in caplog.text and "set aside" in caplog.text
+    plan.merge(path, WHO, {key(): entry()})
+    assert plan.read(path, WHO) == {key(): entry()}
+
+
+def test_a_foreign_file_is_ignored_and_says_why(cache, caplog):
+    path = cache / "plan-x.json"
+    path.write_text(plan.encode({**WHO, "driver": "0.9"}, {key(): entry()}, None))
+    assert plan.read(path, WHO) == {}
+    assert "measured with another driver (0.9, here 1)" in caplog.text and path.exists()
+
+
+def test_merging_keeps_what_others_wrote(cache):
+    path = cache / "deep" / "plan-x.json"
+    plan.merge(path, WHO, {key(): entry()})
+    plan.merge(path, WHO, {key(mode="inference"): entry("eager", 1.0)})
+    plan.merge(path, WHO, {key(): entry("c1", 2.0)})
+    found = plan.read(path, WHO)
+    assert found == {key(): entry("c1", 2.0), key(mode="inference"): entry("eager", 1.0)}
+    assert [p.name for p in path.parent.glob("*.tmp")] == []
+
+
+def _write_many(folder: str, first: int) -> None:
+    from pathlib import Path
+
+    for n in range(first, first + 20):
+        plan.merge(Path(folder) / "plan-x.json", WHO, {key(shape=(n + 1, 8, 4, 4)): entry()})
+
+
+def test_two_processes_may_write_at_once(cache):
+    import multiprocessing
+
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=_write_many, args=(str(cache), n)) for n in (0, 100)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(60)
+    assert [w.exitcode for w in workers] == [0, 0]
+    assert len(plan.read(cache / "plan-x.json", WHO)) == 40
+
+
+def test_a_failed_write_leaves_the_old_file(cache, monkeypatch):
+    path = cache / "plan-x.json"
+    plan.merge(path, WHO, {key(): entry()})
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        plan.merge(path, WHO, {key(): entry("c1")})
+    assert plan.read(path, WHO) == {key(): entry()}
+    assert list(cache.glob("*.tmp")) == []
+
+
+# --- precedence -----------------------------------------------------------------------------------
+
+
+def test_explicit_then_table_then_cache_then_heuristic(cache, tmp_path_factory, monkeypatch):
+    model, x = network(), torch.randn(2, 64, 9, 9).contiguous(memory_format=torch.channels_last)
+    block = model.layer1[0].train()
+    assert choice_of(block, x) == plan.HEURISTIC
+
+    who = plan.identity("cpu")
+    here = fastres.nn.plan_key(block, x, True)
+    plan.merge(plan.cache_file(who), who, {here: entry(EAGER, 1.0)})
+    plan.forget()
+    choice, why = choice_of(block, x)
+    assert choice == EAGER and why.startswith("cache: measured 1.00x eager")
+
+    tables = tmp_path_factory.mktemp("tables")
+    (tables / "this.json").write_text(plan.encode(who, {here: entry("b", 1.5)}, None))
+    (tables / "other.json").write_text(plan.encode(WHO, {here: entry("d", 9.0)}, None))
+    (tables / "broken.json").write_text("{")
+    monkeypatch.setattr(plan, "TABLES", tables)
+    plan.forget()
+    choice, why = choice_of(block, x)
+    assert choice == "b" and why.startswith("table: measured 1.50x eager")
+    assert (tables / "broken.json").exists()
+
+    fastres.convert(model, fusion="b")
+    assert choice_of(block, x) == ("b", "explicit")
+
+
+def test_the_key_tells_calls_apart():
+    model = network()
+    block, other = model.layer1[0].train(), model.layer2[0].train()
+    x = torch.randn(2, 64, 9, 9)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    keys = {
+        fastres.nn.plan_key(block, x, True),
+        fastres.nn.plan_key(block, nhwc, True),
+        fastres.nn.plan_key(block, nhwc, False),
+        fastres.nn.plan_key(other, nhwc, True),
+        fastres.nn.plan_key(block, nhwc[:1], True),
+        fastres.nn.plan_key(block.eval(), nhwc, True),
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.add(fastres.nn.plan_key(block, nhwc, False))
+    assert len(keys) == 7
+    assert fastres.nn.plan_key(block, x, True) == fastres.nn.plan_key(
+        model.layer1[1].eval(), x, True
+    )
+    assert fastres.nn.signature(other, other._fastres.spec) == (
+        "3x3 64>128 s2 b, 3x3 128>128 b + 1x1 64>128 s2 b"
+    )
+
+
+def test_a_planned_eager_block_runs_the_original(monkeypatch):
+    model, x = network().train(), sample()
+    fastres.counters.events().clear()
+    want = copy.deepcopy(fastres.revert(copy.deepcopy(model)))(x)
+    found: list[str] = []
+    monkeypatch.setattr(plan.Plan, "empty", False)
+    monkeypatch.setattr(
+        plan.Plan, "lookup", lambda self, k: found.append(k.block) or (EAGER, "test")
+    )
+    z = model(x)
+    assert torch.equal(z, want)  # not close: the very same ops
+    assert len(found) == 6 and found[0].startswith("stem 7x7 3>64 s2")
+    assert "training on 2x64x9x9: eager (test)" in str(fastres.report(model))
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+
+
+def test_tune_measures_each_distinct_block_once_and_is_used(cache):
+    model, x = network(), sample()
+    before = {n: b.clone() for n, b in model.state_dict().items()}
+    found = fastres.tune(model, x, seconds=0.5)
+    # stem, layer1 (two alike), layer2 to 4; training and inference
+    assert len(found.entries) == 10
+    assert all(torch.equal(b, before[n]) for n, b in model.state_dict().items())
+    for k, e in found.entries.items():
+        assert e.choice in (EAGER, "b") and set(e.milliseconds) == {EAGER, "b"}, (k, e)
+        assert e.ratio >= 1.0 and not e.rejected
+    files = list(cache.glob("plan-*.json"))
+    assert len(files) == 1 and len(json.loads(files[0].read_text())["entries"]) == 10
+    plan.forget()
+    model.train()(x)
+    text = str(fastres.report(model))
+    assert "training on 2x64x9x9" in text and "cache: measured" in text
+
+
+def test_a_wrong_candidate_is_rejected(monkeypatch):
+    """Break a kernel on purpose: its rung must not be timed."""
+    from fastres import _cpu
+
+    right = _cpu.bn_apply
+
+    def wrong(z, *args):
+        right(z, *args)
+        z.mul_(1.01)
+
+    monkeypatch.setattr(_cpu, "bn_apply", wrong)
+    model, x = network(), sample()
+    found = fastres.tune(model, x, modes=("training",), seconds=0.1, isolate=False)
+    blocks = {k: e for k, e in found.entries.items() if not k.block.startswith("stem")}
+    for e in blocks.values():
+        assert e.choice == EAGER and e.rejected["b"].startswith("wrong: train output"), e
+    assert "rejected b: wrong" in str(found)
+
+
+def test_a_candidate_that_raises_is_rejected(monkeypatch):
+    from fastres import _cpu
+
+    monkeypatch.setattr(_cpu, "bn_apply", lambda *a: (_ for _ in ()).throw(RuntimeError("no such")))
+    found = fastres.tune(network(), sample(), modes=("training",), seconds=0.1, isolate=False)
+    assert any("RuntimeError: no such" in e.rejected.get("b", "") for e in found.entries.values())
+
+
+def _abort(pipe) -> None:
+    os.abort()
+
+
+def _exit(code: int, pipe) -> None:
+    os._exit(code)
+
+
+def _sleep(pipe) -> None:
+    time.sleep(60)
+
+
+def _answer(pipe) -> None:
+    pipe.send(None)
+
+
+@pytest.mark.parametrize(
+    "work, args, seconds, answer",
+    [
+        (_abort, (), 60, "crashed (SIGABRT)"),
+        (_exit, (3,), 60, "crashed (exit code 3)"),
+        (_sleep, (), 3, "no answer in 3 s"),
+        (_answer, (), 60, None),
+    ],
+)
+def test_a_crash_or_a_hang_is_an_answer(work, args, seconds, answer):
+    assert tuning.isolated(work, args, seconds) == answer
+
+
+def test_candidates_are_checked_in_a_process_of_their_own():
+    model, x = network(), sample()
+    (target,) = [t for t in tuning.distinct(model, x, True) if t.path == "layer2.0"]
+    assert tuning.reject(target, "b", isolate=True) is None
+    assert tuning.reject(target, "c2", isolate=True) is not None  # the cpu backend has no convs
+
+
+@pytest.mark.parametrize(
+    "times, choice",
+    [
+        ({EAGER: [2.0] * 5, "b": [1.0] * 5, "c1": [0.9] * 5}, "c1"),
+        ({EAGER: [1.0] * 5, "b": [1.1] * 5}, EAGER),
+        ({EAGER: [1.0, 1.0, 1.0, 1.0, 1.0], "b": [2.0, 1.3, 0.9, 0.9, 0.9]}, EAGER),  # noise
+        ({EAGER: [1.0, 2.0, 4.0], "b": [0.9, 1.8, 3.6]}, "b"),  # drifting clocks
+    ],
+)
+def test_choosing(times, choice):
+    assert tuning.choose(times, {}).choice == choice
+
+
+def test_an_interruption_keeps_what_was_measured(monkeypatch, cache):
+    measure, calls = tuning.measure, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(tuning, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fastres.tune(network(), sample(), seconds=0.1)
+    (file,) = cache.glob("plan-*.json")
+    assert len(json.loads(file.read_text())["entries"]) == 2
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: fastres.tune(nn.Linear(1, 1), sample()), ValueError, "no converted block"),
+        (lambda: fastres.tune(network(), None), TypeError, "must be a Tensor"),
+        (lambda: fastres.tune(network(), sample().double()), ValueError, "they must agree"),
+        (lambda: fastres.tune(network(), sample(), modes=("eval",)), ValueError, "modes must be"),
+        (lambda: fastres.tune(network(), sample(), seconds=0), ValueError, "seconds must be"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_all_ranks_follow_rank_0(cache, tmp_path):
+    """Two processes with different caches agree after convert."""
+    import multiprocessing
+
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()
+    store = str(tmp_path / "store")
+    ranks = [
+        spawn.Process(target=_rank, args=(r, store, str(tmp_path / f"cache{r}"), queue))
+        for r in (0, 1)
+    ]
+    for r in ranks:
+        r.start()
+    found = dict(queue.get(timeout=120) for _ in ranks)
+    for r in ranks:
+        r.join(60)
+    assert found == {0: "eager", 1: "eager"}
+
+
+def _rank(rank: int, store: str, folder: str, queue) -> None:
+    os.environ["FASTRES_CACHE"] = folder
+    torch.set_num_threads(1)
+    x = torch.randn(2, 64, 9, 9).contiguous(memory_format=torch.channels_last)
+    model = network().train()
+    who = plan.identity("cpu")
+    here = fastres.nn.plan_key(model.layer1[0], x, True)
+    plan.merge(plan.cache_file(who), who, {here: entry([EAGER, "b"][rank])})
+    plan.forget()
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    fastres.convert(model)
+    queue.put((rank, choice_of(model.layer1[0], x)[0]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
