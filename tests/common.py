@@ -86,15 +86,15 @@ def backend(name: str):
 
 @contextlib.contextmanager
 def table(**changes):
-    """The interpreter's table of convolution tiles with other values."""
+    """The table of convolution tiles in use (the interpreter's, or the GPU's) with other values."""
     from fastres.kernels import _conv_config
 
-    before = _conv_config.ARCHS["interpreter"]
-    _conv_config.ARCHS["interpreter"] = replace(before, **changes)
+    before = _conv_config.arch_of(torch.device("cuda"))
+    _conv_config.ARCHS[before.name] = replace(before, **changes)
     try:
         yield
     finally:
-        _conv_config.ARCHS["interpreter"] = before
+        _conv_config.ARCHS[before.name] = before
 
 
 def cases(dtypes=tuple(DTYPES), layouts=tuple(LAYOUTS), shapes=None):

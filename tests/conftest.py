@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,7 +12,14 @@ sys.path.insert(0, str(Path(__file__).parent))  # `from common import ...`
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import pytest  # noqa: E402
+
+# No user's plan decides what the tests run.
+os.environ["FASTRES_CACHE"] = tempfile.mkdtemp(prefix="fastres-tests-")
+
 import torch  # noqa: E402
+from torch.overrides import TorchFunctionMode  # noqa: E402
+from torch.utils._device import _device_constructors  # noqa: E402
 
 # Triton reads this when it is first imported. With a GPU the kernels run on the GPU.
 if not torch.cuda.is_available():
@@ -21,3 +29,43 @@ if not torch.cuda.is_available():
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _workers > 1:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // _workers))
+
+
+class OnGpu(TorchFunctionMode):
+    """New tensors are made on the GPU; random ones are drawn by their CPU generator, then moved."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func not in _device_constructors() or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        drawn = kwargs.get("generator") is not None
+        kwargs["device"] = "cpu" if drawn else "cuda"
+        made = func(*args, **kwargs)
+        return made.to("cuda") if drawn else made
+
+
+@pytest.fixture
+def gpu():
+    """The one place where a test of the Triton kernels gets its device: the GPU where there is one.
+
+    Without TF32: the tests of fp32 compare fp32."""
+    from fastres.kernels import interpreting
+
+    if not torch.cuda.is_available() or interpreting():
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with OnGpu():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def _gpu_for_triton(request):
+    """Every test with a parameter that names the Triton backend takes `gpu`."""
+    params = getattr(getattr(request.node, "callspec", None), "params", {})
+    if any("triton" in (v, getattr(v, "backend", None)) for v in params.values()):
+        request.getfixturevalue("gpu")

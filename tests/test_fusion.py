@@ -46,6 +46,7 @@ def sample(dtype=torch.float32) -> Tensor:
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("kind, rung", [("basic", "c2"), ("bottleneck", "d")])
 def test_a_network_trains_on_triton(kind, rung, monkeypatch):
     """Every op on the Triton kernels: within twice eager's error of float64, by gradient."""

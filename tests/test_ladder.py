@@ -215,6 +215,7 @@ TRITON = [
 ]
 
 
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("name, rung, dtype", TRITON)
 def test_every_rung_on_triton(name, rung, dtype):
     backend("triton")
@@ -231,6 +232,7 @@ def test_every_rung_on_triton(name, rung, dtype):
         assert ours <= 2 * theirs + 4 * TOLERANCES[dtype], f"{key}: {ours:.1e}, eager {theirs:.1e}"
 
 
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("rung", RUNGS)
 def test_two_runs_agree_bit_for_bit(rung):
     backend("triton")

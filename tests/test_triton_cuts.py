@@ -24,7 +24,7 @@ EPS = 1e-5
 
 
 @pytest.fixture(params=[1, 3])
-def chunks(request, monkeypatch):
+def chunks(request, monkeypatch, gpu):
     kernels = backend("triton")
     from fastres.kernels import _launch
 
