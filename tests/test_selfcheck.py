@@ -1,0 +1,111 @@
+"""The self-check at first use: right kernels pass quickly, wrong ones are not used."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from common import backend
+
+from fastres import plan, selfcheck
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    plan.forget()
+    selfcheck.forget()
+    yield tmp_path
+    plan.forget()
+    selfcheck.forget()
+
+
+@pytest.mark.parametrize("name, family", [
+    ("cpu", "passes"), ("cpu", "pool"), ("triton", "passes"), ("triton", "pool"),
+    ("triton", "convs"),
+])  # fmt: skip
+def test_right_kernels_pass(name, family):
+    assert selfcheck.run(backend(name), CPU, family) is None
+
+
+def test_is_quick():
+    module = backend("cpu")
+    start = time.perf_counter()
+    assert selfcheck.run(module, CPU, "passes") is None
+    assert selfcheck.run(module, CPU, "pool") is None
+    assert time.perf_counter() - start < 2
+
+
+BROKEN = [
+    ("cpu", "passes", "bn_stats", 0), ("cpu", "passes", "bn_apply", 0),
+    ("cpu", "passes", "bn_bwd_reduce", 1), ("cpu", "passes", "bn_bwd_apply", 1),
+    ("cpu", "passes", "add_relu", 0), ("cpu", "passes", "relu_bwd", 0),
+    ("cpu", "pool", "bn_relu_maxpool", 0), ("cpu", "pool", "bn_relu_maxpool_bwd_apply", 0),
+    ("triton", "convs", "conv_fprop", 0), ("triton", "convs", "conv_dgrad", 0),
+    ("triton", "convs", "conv_wgrad", 0), ("triton", "convs", "conv_bwd_pointwise", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, family, kernel, output", BROKEN)
+def test_a_wrong_kernel_fails(name, family, kernel, output, monkeypatch):
+    """One output of one kernel off in one element."""
+    module = backend(name)
+    right = getattr(module, kernel)
+
+    def wrong(*args):
+        right(*args)
+        out = args[output]
+        out[(1, 2, 0, 0)[: out.dim()] if out.dim() == 4 else 3] += out[~out.isnan()].abs().max()
+
+    monkeypatch.setattr(module, kernel, wrong)
+    assert selfcheck.run(module, CPU, family) is not None
+
+
+def test_a_kernel_that_leaves_an_output_unwritten_fails(monkeypatch):
+    monkeypatch.setattr(backend("cpu"), "add_relu", lambda *args: None)
+    assert "add_relu: output 0 is off by nan" in selfcheck.run(backend("cpu"), CPU, "passes")
+
+
+def test_a_kernel_that_raises_fails(monkeypatch):
+    def boom(*args):
+        raise RuntimeError("no kernel image\nmore")
+
+    monkeypatch.setattr(backend("cpu"), "relu_bwd", boom)
+    assert selfcheck.run(backend("cpu"), CPU, "passes") == (
+        "relu_bwd failed: RuntimeError: no kernel image"
+    )
+
+
+def test_a_pass_is_remembered_and_a_failure_is_not(cache, monkeypatch, caplog):
+    module = backend("cpu")
+    x = torch.zeros(1, 8, 2, 2)
+    runs = []
+    run = selfcheck.run
+    monkeypatch.setattr(selfcheck, "run", lambda *args: runs.append(args) or run(*args))
+    assert selfcheck.obstacle(x, "passes") is None
+    assert selfcheck.obstacle(x, "passes") is None
+    assert len(runs) == 1
+    (file,) = cache.glob("checked-*.json")
+    assert json.loads(file.read_text())["passed"] == ["cpu passes"]
+    selfcheck.forget()  # another process
+    assert selfcheck.obstacle(x, "passes") is None and len(runs) == 1
+
+    monkeypatch.setattr(module, "bn_relu_maxpool", lambda *args: None)
+    reason = selfcheck.obstacle(x, "pool")
+    assert "the cpu kernels failed their self-check on" in reason and reason in caplog.text
+    assert json.loads(file.read_text())["passed"] == ["cpu passes"]
+    assert selfcheck.obstacle(x.double(), "pool") is None  # the reference runs that
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes"]}'])
+def test_a_corrupt_or_foreign_memory_is_not_trusted(cache, text, monkeypatch):
+    backend("cpu")
+    who = plan.identity("cpu")
+    selfcheck._file(who).write_text(text)
+    runs = []
+    monkeypatch.setattr(selfcheck, "run", lambda *args: runs.append(args))
+    assert selfcheck.obstacle(torch.zeros(1, 8, 2, 2), "passes") is None and len(runs) == 1
