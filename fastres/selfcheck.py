@@ -140,7 +140,7 @@ def _convs() -> list[Case]:
 
         def backward(m, out, args, geometry=geometry, pointwise=r == 1):
             dz, y, x, weight, *v = args
-            bn = NormGradient(y, Normalise(*v[:4]), *v[4:6], True)
+            bn = NormGradient(y, Normalise(*v[:4]), v[4], v[5], True)
             norm = Normalise(*v[6:])
             dx, dw, dgamma, dbeta = out
             sums, g, prev = Sums(dgamma, dbeta), Gradient(dz), Previous(x, norm)
