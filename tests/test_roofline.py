@@ -40,6 +40,12 @@ DESIGN = {
     },
 }  # fmt: skip
 BYTES_TOLERANCE, CEILING_TOLERANCE = 0.05, 0.08
+# What the ladder's kernels move on sm_90 where that is beyond the tolerance (docs/roofline.md says
+# by what); tests/test_traffic.py holds the model to the kernels.
+LADDER = {
+    "resnet50": {"d": (222.7, 16_519)},
+    "resnet18": {"c2": (56.4, 51_588), "d": (56.4, 51_588)},
+}
 
 
 def resnet(name: str) -> nn.Module:
@@ -53,8 +59,13 @@ def megabytes(found: roofline.Roofline) -> float:
 @pytest.mark.parametrize("name", DESIGN)
 def test_totals_and_ceilings_are_those_of_the_design(name):
     net = resnet(name)
-    for rung, (expected, ceiling) in DESIGN[name].items():
+    for rung, (expected, ceiling) in (DESIGN[name] | LADDER[name]).items():
         found = roofline.model(net, BATCH, rung=rung)
+        if rung in LADDER[name]:
+            assert megabytes(found) == pytest.approx(expected, abs=0.06)
+            assert found.ceiling() == pytest.approx(ceiling, rel=1e-3)
+            assert expected > DESIGN[name][rung][0] * (1 + BYTES_TOLERANCE)
+            continue
         assert megabytes(found) == pytest.approx(expected, rel=BYTES_TOLERANCE), rung
         assert found.ceiling(4.3e12, 790e12) == pytest.approx(ceiling, rel=CEILING_TOLERANCE), rung
 
@@ -69,21 +80,25 @@ def test_ceilings_differ_from_the_design_by_what_epilogues_hide(name):
             moved = (*k.reads, *k.writes) if k.shape is not None else ()
             extra = sum(a.bytes for a in moved if "BN," in a.row or "block-end" in a.row)
             seconds += max((k.bytes - extra) / 4.3e12, k.flops / 790e12) + extra / 4.3e12
-        assert found.batch / seconds == pytest.approx(DESIGN[name][found.rung][1], rel=0.04)
+        if found.rung not in LADDER[name]:
+            assert found.batch / seconds == pytest.approx(DESIGN[name][found.rung][1], rel=0.04)
         assert found.ceiling() >= found.batch / seconds
 
 
 def test_rows_are_those_of_the_anchors():
-    """Rows in which our accounting is ANCHORS' own, to its rounding; docs/roofline.md has the
-    others (pool indices, the fused stem, recomputed activations, the projection's gradient)."""
+    """Rows in which our accounting is ANCHORS' own, to its rounding, and what the ladder adds;
+    docs/roofline.md has the others (pool indices, the fused stem, recomputed activations, the
+    projection's gradient)."""
+    stem = 1.6  # its statistics are a pass on every rung
+    ends = 3.2  # of the last block of each layer, not of the network
     rows = {
         "conv fprop": dict.fromkeys(("a", "b", "c1", "c2", "d"), 42),
-        "BN, ReLU, add, pool forward": {"a": 141 + 1.4, "c1": 36, "c2": 36, "d": 25},
-        "block-end and shortcut backward": {"a": 34, "b": 90 + 9.6, "c1": 40, "c2": 40, "d": 40},
-        "other BN, ReLU, pool backward": {"a": 171 + 1.4, "c2": 4, "d": 4},
-        "dgrad": {"a": 42, "b": 42, "c1": 34, "c2": 55},
-        "wgrad": {"a": 42, "b": 42, "c1": 42, "c2": 64},
-        "dgrad + wgrad, 1x1 stride 1": {"d": 50},
+        "BN, ReLU, add, pool forward": {"a": 141 + 1.4, "c1": 36 + stem, "c2": 36 + stem},
+        "block-end and shortcut backward": {"a": 34, "b": 90 + 9.6, "c1": 40 + ends},
+        "other BN, ReLU, pool backward": {"a": 171 + 1.4},
+        "dgrad": {"a": 42, "b": 42, "c1": 34 + 1.05, "c2": 55 + 2.1},
+        "wgrad": {"a": 42, "b": 42, "c1": 42},
+        "dgrad + wgrad, 1x1 stride 1": {},
         "optimiser, head, weight casts": dict.fromkeys(("a", "b", "c1", "c2", "d"), 2 + 1.2),
     }
     for found in roofline.ladder(resnet("resnet50"), BATCH):
@@ -164,14 +179,14 @@ def test_bottleneck_rung_b_by_hand():
 def test_bottleneck_rung_c1_by_hand():
     """The last block: its end is a pass forward, and its sums a pass backward; conv1's dgrad does
     the sums of the block before, which has a projection."""
-    ends = {"dres": WIDE, "y_end": WIDE, "bits": MASK, "y_short": WIDE}
+    ends = {"dres": WIDE, "dres bits": MASK, "y_end": WIDE, "bits": MASK, "y_short": WIDE}
     assert kernels_of(pair(Bottleneck, 16, 64), "c1", "1.") == [
         ("fprop", "conv1", {"w": W1, "x": WIDE}, {"y": N}),
         ("fprop", "conv2", {"w": W3, "y_in": N}, {"y": N}),
         ("fprop", "conv3", {"w": W1, "y_in": N}, {"y": WIDE}),
         ("bn_apply", "conv3", {"y": WIDE, "residual": WIDE}, {"z": WIDE, "bits": MASK}),
-        ("bn_bwd_reduce", "conv3", {"dz": WIDE, "y": WIDE, "bits": MASK}, {"g": WIDE}),
-        ("bn_bwd_apply", "conv3", {"dz": WIDE, "y": WIDE}, {"dy": WIDE}),
+        ("bn_bwd_reduce", "conv3", {"dz": WIDE, "y": WIDE, "bits": MASK}, {}),
+        ("bn_bwd_apply", "conv3", {"dz": WIDE, "y": WIDE, "bits": MASK}, {"dy": WIDE}),
         ("dgrad", "conv3", {"w": W1, "dy": WIDE, "y_in": N}, {"g_in": N}),
         ("wgrad", "conv3", {"y_in": N, "dy": WIDE}, {"dw": W1}),
         ("bn_bwd_apply", "conv2", {"dz": N, "y": N}, {"dy": N}),
@@ -185,13 +200,14 @@ def test_bottleneck_rung_c1_by_hand():
 
 def test_bottleneck_rungs_c2_and_d_by_hand():
     net = pair(Bottleneck, 16, 64)
-    ends = {"dres": WIDE, "y_end": WIDE, "bits": MASK, "y_short": WIDE}
+    ends = {"dres": WIDE, "dres bits": MASK, "y_end": WIDE, "bits": MASK, "y_short": WIDE}
     last = {"dz": WIDE, "y": WIDE, "bits": MASK}
+    g = {"g": WIDE, "y": WIDE, "g bits": MASK}
     c2, d = (kernels_of(net, rung, "1.") for rung in ("c2", "d"))
     assert c2[4:] == [
-        ("bn_bwd_reduce", "conv3", last, {"g": WIDE}),
-        ("dgrad", "conv3", {"w": W1, "g": WIDE, "y": WIDE, "y_in": N}, {"g_in": N}),
-        ("wgrad", "conv3", {"y_in": N, "g": WIDE, "y": WIDE}, {"dw": W1}),
+        ("bn_bwd_reduce", "conv3", last, {}),
+        ("dgrad", "conv3", {"w": W1, **g, "y_in": N}, {"g_in": N}),
+        ("wgrad", "conv3", {"y_in": N, **g}, {"dw": W1}),
         ("dgrad", "conv2", {"w": W3, "g": N, "y": N, "y_in": N}, {"g_in": N}),
         ("wgrad", "conv2", {"y_in": N, "g": N, "y": N}, {"dw": W3}),
         ("dgrad", "conv1", {"w": W1, "g": N, "y": N, **ends}, {"g_in": WIDE}),
@@ -204,7 +220,7 @@ def test_bottleneck_rungs_c2_and_d_by_hand():
         (
             "dgrad_wgrad",
             "conv3",
-            {"w": W1, "g": WIDE, "y": WIDE, "y_in": N},
+            {"w": W1, **g, "y_in": N},
             {"g_in": N, "dw": W1},
         ),
         *c2[7:9],
@@ -380,8 +396,11 @@ def test_each_rung_moves_less_and_is_faster(name, size):
     for dtype, batch, training in itertools.product(("bf16", "fp32"), (1, 32), (True, False)):
         found = roofline.ladder(net, (batch, 3, size, size), dtype, training)
         for below, above in itertools.pairwise(found):
-            assert above.bytes < below.bytes and above.ceiling() > below.ceiling()
+            # d's fusions are of 1x1 convs: basic blocks have none
+            same = name == "resnet34" and above.rung == "d"
             assert above.flops == below.flops
+            assert (above.bytes == below.bytes) if same else (above.bytes < below.bytes)
+            assert same or above.ceiling() > below.ceiling()
 
 
 def test_it_describes_what_convert_does():
@@ -413,7 +432,7 @@ def test_fastres_modules_are_fused_by_their_own_spec():
     shape = (2, 3, 8, 8)
     before = fastres.report(blocks).counters
     assert [k[0] for k in kernels_of(blocks, "c2", "0", shape=shape)] == [
-        "fprop", "bn_apply", "bn_bwd_reduce", "wgrad",
+        "fprop", "bn_stats", "bn_apply", "bn_bwd_reduce", "bn_bwd_apply", "wgrad",
     ]  # fmt: skip
     ours = kernels_of(blocks, "b", "1.", shape=shape)
     theirs = kernels_of(twin, "b", "1.", shape=(2, 16, 8, 8))
@@ -523,14 +542,14 @@ def test_command_prints_the_table(capsys):
     assert (code, err) == (0, "")
     (line,) = [line for line in out.splitlines() if "│ all " in line]
     values = [float(v) for v in line.replace("│", " ").split()[1:]]
-    expected = [v for v, _ in DESIGN["resnet50"].values()]
+    expected = [v for v, _ in (DESIGN["resnet50"] | LADDER["resnet50"]).values()]
     assert values == pytest.approx(expected, rel=BYTES_TOLERANCE)
     assert "4,300 GB/s and 790 TFLOP/s" in out and "layer1.0.conv1" not in out
 
 
 def test_command_prints_layers_and_json(capsys):
     code, out, _ = run(capsys, "resnet18", "--batch", "8", "--rung", "d", "--layers")
-    assert code == 0 and "layer4.1.conv2" in out and "norm_add_relu" in out
+    assert code == 0 and "layer4.1.conv2" in out and "norm_relu" in out
     argv = ("resnet18", "--batch", "8", "--inference", "--dtype", "fp32", "--layers", "--json")
     code, out, _ = run(capsys, *argv, "--bandwidth", "40", "--rate", "0.2")
     found = json.loads(out)

@@ -1,7 +1,7 @@
 """Rungs b to d of DESIGN.md section 4 and folded inference: the kernels of a fused block or stem.
 
-What b does is read off fastres/ops/residual_block.py and fastres/nn.py; c1, c2 and d are the plan
-for convolutions of our own, with the prologues and epilogues of traffic.py."""
+What fastres/ops/_ladder.py launches for a layer's blocks as one stage, kernel for kernel, and
+fastres/nn.py for a stem, which is on rung b always."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ class Links:
         return links
 
     def before(self, region: Region) -> Region | None:
-        """The block whose output only this block reads, so that its end can move into it."""
+        """The block whose output only this block of the same layer reads, so that its end can move
+        into it."""
         maker = self.makers.get(region.x.value)
         if not isinstance(maker, Region) or maker.kind != "block" or region.kind != "block":
+            return None
+        if maker.path.rpartition(".")[0] != region.path.rpartition(".")[0]:
             return None
         return maker if len(self.readers[region.x.value]) == 1 else None
 
@@ -63,6 +66,10 @@ class Fused:
     dtype: str
     links: Links
 
+    def ours(self, op: Op) -> bool:
+        """Whether a block's conv runs on our kernels: above b, not grouped."""
+        return self.name != "b" and _conv(op).groups == 1
+
     # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, region: Region, training: bool) -> list[Kernel]:
@@ -79,8 +86,8 @@ class Fused:
         )  # fmt: skip
 
     def _conv_stats(self, op: Op, prologue: str = "none") -> list[Kernel]:
-        """The conv and its statistics: two kernels in b, one above."""
-        if self.name != "b":
+        """The conv and its statistics: two kernels of a vendor's conv, one of ours."""
+        if self.ours(op):
             return [self._fprop(op, prologue, "stats")]
         stats = traffic.bn_stats(_conv(op).y, self.dtype)
         return [self._fprop(op), kernel("bn_stats", "forward", op.path, stats, FORWARD)]
@@ -100,28 +107,27 @@ class Fused:
     def _stem_forward(self, region: Region) -> list[Kernel]:
         (conv,) = region.convs
         end = self._apply(conv, mask=True) if region.pool is None else self._pool(region)
-        return [*self._conv_stats(conv), end]
+        stats = traffic.bn_stats(_conv(conv).y, self.dtype)
+        return [self._fprop(conv), kernel("bn_stats", "forward", conv.path, stats, FORWARD), end]
 
     def end_moves(self, region: Region) -> bool:
         """Rung d: the block's normalise-add-ReLU runs in the prologue of the next block's first
-        conv, which writes z beside. That conv must read every pixel."""
+        conv, which writes z beside: a 1x1 of stride 1, so not in basic blocks."""
         after = self.links.after(region)
         if self.name != "d" or after is None:
             return False
-        first = _conv(after.convs[0])
-        return first.x_read == first.x
+        return self.ours(after.convs[0]) and _conv(after.convs[0]).pointwise
 
     def _block_forward(self, region: Region) -> list[Kernel]:
-        own = self.name != "b"
         before = self.links.before(region)
         prologue = "none"
         if before is not None and self.end_moves(before):
             prologue = "norm_add_relu" if before.shortcut is None else "dual_add_relu"
         found = self._conv_stats(region.convs[0], prologue)
         for last, op in zip(region.convs, region.convs[1:], strict=False):
-            if not own:
+            if not self.ours(op):
                 found.append(self._apply(last))
-            found += self._conv_stats(op, "norm_relu" if own else "none")
+            found += self._conv_stats(op, "norm_relu" if self.ours(op) else "none")
         if region.shortcut is not None:
             found += self._conv_stats(region.shortcut)
         if not self.end_moves(region):
@@ -194,25 +200,31 @@ class Fused:
         return found
 
     def _gradients(
-        self, op: Op, x_prologue: str, epilogue: str = "none", ends: bool = False
+        self,
+        op: Op,
+        dy: str,
+        x_prologue: str,
+        epilogue: str = "none",
+        dres_mask: bool = False,
+        ends: bool = False,
     ) -> list[Kernel]:
         """dgrad and wgrad of our own; `ends`: what dgrad's epilogue reads and writes counts as
         block-end backward, as in ANCHORS.md."""
         shape, dtype = _conv(op), self.dtype
-        dy = "none" if self.name == "c1" else "dbn"
         dx, dw = op.inputs[0].needs_grad, op.inputs[1].needs_grad
-        names = ("dres", "y_end", "y_short", "bits", "g_in", "dx")
+        names = ("dres", "dres bits", "y_end", "y_short", "bits", "g_in", "dx")
         rows = {name: END for name in names} if ends else {}
         note = ",".join(p for p in (dy, x_prologue) if p != "none") or "none"
-        if self.name == "d" and shape.pointwise and dx and dw:
-            moved = traffic.dgrad_wgrad(shape, dtype, dy, x_prologue, epilogue)
+        most = traffic.JOINT_CHANNELS[dtype] if self.name == "d" and shape.pointwise else 0
+        if most >= shape.K and dx and dw:
+            moved = traffic.dgrad_wgrad(shape, dtype, dy, x_prologue, epilogue, dres_mask)
             name = "dgrad_wgrad"
             return [
                 kernel(name, "backward", op.path, moved, BOTH, rows, note, epilogue, shape)
             ]  # fmt: skip
         found = []
         if dx:
-            moved = traffic.dgrad(shape, dtype, dy, epilogue)
+            moved = traffic.dgrad(shape, dtype, dy, epilogue, dres_mask, ours=True)
             found.append(
                 kernel("dgrad", "backward", op.path, moved, DGRAD, rows, dy, epilogue, shape)
             )
@@ -222,50 +234,91 @@ class Fused:
         return found
 
     def _block_backward(self, region: Region) -> list[Kernel]:
-        dtype, last, first = self.dtype, region.convs[-1], region.convs[0]
-        dual, z = region.shortcut is not None, _conv(region.convs[-1]).y
-        c1 = self.name == "c1"
+        convs, short, last = region.convs, region.shortcut, region.convs[-1]
+        after, dtype, z = self.links.after(region), self.dtype, _conv(last).y
+        dual = short is not None
+        # 1. the gradient comes gated and with its sums from the next block's dgrad, or as it is,
+        # with bits, and the sums are a pass
+        masked = after is None or not self.ours(after.convs[0])
         found = []
-        # 1. the gated gradient and the sums: from the next block's dgrad, or in a pass
-        if self.links.after(region) is None:
-            moved = traffic.bn_bwd_reduce(z, dtype, mask=True, dual=dual, write_g=True)
+        if masked:
+            moved = traffic.bn_bwd_reduce(z, dtype, mask=True, dual=dual)
             found.append(self._bwd("bn_bwd_reduce", last, moved, END, "mask"))
-        if c1:
-            moved = traffic.bn_bwd_apply(z, dtype, dual=dual)
+        # 2. dy of the last batch norm and of the shortcut's: in a pass, or in the convs
+        ends = [op for op in (last, short) if op is not None]
+        fold = {id(op): self.name in ("c2", "d") and self.ours(op) for op in ends}
+        if not any(fold.values()):
+            moved = traffic.bn_bwd_apply(z, dtype, mask=masked, dual=dual)
             found.append(self._bwd("bn_bwd_apply", last, moved, BACKWARD))
-        # 2. main branch, last conv to second
-        for op, producer in zip(region.convs[:0:-1], region.convs[-2::-1], strict=True):
-            found += self._gradients(op, "norm_relu", "gate_sums")
-            if c1:
-                moved = traffic.bn_bwd_apply(_conv(producer).y, dtype)
-                found.append(self._bwd("bn_bwd_apply", producer, moved, BACKWARD))
-        # 3. shortcut, then the first conv, whose dgrad adds and gates for the block before
-        if region.shortcut is not None:
-            found += self._gradients(region.shortcut, "none", ends=True)
+        else:
+            moved = traffic.bn_bwd_apply(z, dtype, mask=masked)
+            found += [
+                self._bwd("bn_bwd_apply", op, moved, BACKWARD) for op in ends if not fold[id(op)]
+            ]
+        folded = "mask_dbn" if masked else "dbn"
+        # 3. the shortcut, then the main branch, last conv to first
+        if short is not None:
+            found += self._backward_of(
+                short, None, folded if fold[id(short)] else "none", ends=True
+            )
+        dy = folded if fold[id(last)] else "none"
+        for i in range(len(convs) - 1, 0, -1):
+            found += self._backward_of(convs[i], convs[i - 1], dy, "gate_sums")
+            dy = "dbn"
+            y = _conv(convs[i - 1]).y
+            if not self.ours(convs[i]):
+                moved = traffic.bn_bwd_reduce(y, dtype)
+                found.append(self._bwd("bn_bwd_reduce", convs[i - 1], moved, BACKWARD))
+            if self.name == "c1" or not (self.ours(convs[i]) and self.ours(convs[i - 1])):
+                moved = traffic.bn_bwd_apply(y, dtype)
+                found.append(self._bwd("bn_bwd_apply", convs[i - 1], moved, BACKWARD))
+                dy = "none"
+        # 4. the first conv's dgrad adds, and gates for the block before
         before = self.links.before(region)
         epilogue = "add"
         if before is not None:
             epilogue = "add_gate_sums" if before.shortcut is None else "dual_add_gate_sums"
-        return found + self._gradients(first, "none", epilogue, ends=True)
+        gated = masked and not dual
+        return found + self._backward_of(convs[0], None, dy, epilogue, gated, ends=True)
+
+    def _backward_of(
+        self, op: Op, producer: Op | None, dy: str, epilogue: str = "none",
+        dres_mask: bool = False, ends: bool = False,
+    ) -> list[Kernel]:  # fmt: skip
+        """Of one conv of a block; of a vendor's with the passes that ours have no need of."""
+        if self.ours(op):
+            inner = "none" if producer is None else "norm_relu"
+            return self._gradients(op, dy, inner, epilogue, dres_mask, ends)
+        found = []
+        if producer is not None:
+            again = traffic.bn_apply(_conv(producer).y, self.dtype)
+            found.append(self._bwd("bn_apply", producer, again, BACKWARD, "recompute"))
+        found += conv_backward(op, self.dtype)
+        if "add" in epilogue and op.inputs[0].needs_grad:
+            x = _conv(op).x
+            if dres_mask:
+                found.append(self._bwd("relu_bwd", op, traffic.relu_bwd(x, self.dtype), END))
+            else:
+                found.append(self._bwd("grad_add", op, traffic.grad_add(x, self.dtype), END))
+        return found
 
     def _stem_backward(self, region: Region) -> list[Kernel]:
         (conv,) = region.convs
         dtype, y = self.dtype, _conv(conv).y
-        later = self.name in ("c2", "d")  # the apply runs in the convolution's prologues
         if region.pool is None:
-            reduce = traffic.bn_bwd_reduce(y, dtype, mask=True, write_g=later)
-            found = [self._bwd("bn_bwd_reduce", conv, reduce, BACKWARD, "mask")]
+            reduce = traffic.bn_bwd_reduce(y, dtype, mask=True)
             apply = traffic.bn_bwd_apply(y, dtype, mask=True)
-            if not later:
-                found.append(self._bwd("bn_bwd_apply", conv, apply, BACKWARD, "mask"))
+            at, op, note = conv, "bn_bwd", "mask"
         else:
             z = region.pool.outputs[0].shape
-            reduce = traffic.bn_relu_maxpool_bwd_reduce(y, z, dtype, write_g=later)
-            found = [self._bwd("bn_relu_maxpool_bwd_reduce", region.pool, reduce, BACKWARD)]
+            reduce = traffic.bn_relu_maxpool_bwd_reduce(y, z, dtype)
             apply = traffic.bn_relu_maxpool_bwd_apply(y, z, dtype)
-            if not later:
-                found.append(self._bwd("bn_relu_maxpool_bwd_apply", region.pool, apply, BACKWARD))
-        return found + (self._gradients(conv, "none") if later else conv_backward(conv, dtype))
+            at, op, note = region.pool, "bn_relu_maxpool_bwd", "none"
+        return [
+            self._bwd(f"{op}_reduce", at, reduce, BACKWARD, note),
+            self._bwd(f"{op}_apply", at, apply, BACKWARD, note),
+            *conv_backward(conv, dtype),
+        ]
 
 
 _PREFIX = {"none": "", "identity": "add_", "dual": "dual_add_"}

@@ -1,4 +1,5 @@
 """Bytes and FLOPs of one kernel, by formula: the vocabulary of the ladder in DESIGN.md section 4.
+tests/test_traffic.py holds the Triton kernels to them, tensor by tensor.
 
 Each function answers with a `Traffic`: the bytes of every tensor that the kernel reads and writes,
 each tensor crossing memory once. Per-channel vectors (mean, rstd, gamma, beta, sums) and the
@@ -16,9 +17,13 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 FPROP_PROLOGUES = ("none", "norm_relu", "norm_add_relu", "dual_add_relu")
 FPROP_EPILOGUES = ("none", "stats", "affine", "affine_relu", "affine_add_relu")
-DY_PROLOGUES = ("none", "dbn")
+DY_PROLOGUES = ("none", "dbn", "mask_dbn")
 X_PROLOGUES = ("none", "norm_relu")
 DGRAD_EPILOGUES = ("none", "add", "gate_sums", "add_gate_sums", "dual_add_gate_sums")
+
+# Output channels whose dw a program of dgrad_wgrad holds, in a tile of 32 input channels: the table
+# of sm_90 (kernels/_conv_config.py; fp32 as TF32). Wider 1x1 convs run dgrad and wgrad apart.
+JOINT_CHANNELS = {"fp32": 128, "bf16": 256, "fp16": 256}
 
 Shape = tuple[int, ...]
 
@@ -68,6 +73,22 @@ def _touched(length: int, out: int, kernel: int, stride: int, padding: int, dila
         if 0 <= o * stride - padding + k * dilation < length
     }
     return len(seen)
+
+
+def _launched(length: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Positions of the output, over the residue classes of the input positions, that reach them."""
+    return sum(
+        len(
+            {
+                (i + padding - k * dilation) // stride
+                for i in range(first, length, stride)
+                for k in range(kernel)
+                if (i + padding - k * dilation) % stride == 0
+                and 0 <= (i + padding - k * dilation) // stride < out
+            }
+        )
+        for first in range(min(stride, length))
+    )
 
 
 @dataclass(frozen=True)
@@ -121,6 +142,14 @@ class ConvShape:
         return (self.N, self.C, rows, cols)
 
     @property
+    def dy_read(self) -> Shape:
+        """What our dgrad reads of y's gradient. With a stride it runs one launch for each residue
+        class of x's pixels, with the taps that reach it: a 3x3 of stride 2 reads y four times."""
+        rows = _launched(self.H, self.P, self.R, self.stride[0], self.padding[0], self.dilation[0])
+        cols = _launched(self.W, self.Q, self.S, self.stride[1], self.padding[1], self.dilation[1])
+        return (self.N, self.K, rows, cols)
+
+    @property
     def flops(self) -> int:
         """2 N P Q K (C / groups) R S: of fprop, of dgrad and of wgrad alike."""
         return 2 * math.prod(self.y) * (self.C // self.groups) * self.R * self.S
@@ -167,17 +196,26 @@ def fprop(shape: ConvShape, dtype: str, prologue: str = "none", epilogue: str = 
     return Traffic(reads, writes, shape.flops)
 
 
-def _dy(shape: ConvShape, dtype: str, prologue: str) -> dict[str, int]:
-    """The gradient operand: dy, or (dbn) a * g + b * y + c from g and y."""
+def _dy(shape: ConvShape, dtype: str, prologue: str, read: Shape | None = None) -> dict[str, int]:
+    """The gradient operand: dy; or (dbn) a * g + b * y + c from g and y; or (mask_dbn) that of a g
+    which its bits still gate."""
     _one_of("gradient prologue", prologue, DY_PROLOGUES)
-    one = size(shape.y, dtype)
-    return {"dy": one} if prologue == "none" else {"g": one, "y": one}
+    read = read or shape.y
+    one = size(read, dtype)
+    if prologue == "none":
+        return {"dy": one}
+    return {"g": one, "y": one, **({"g bits": bits(read)} if prologue == "mask_dbn" else {})}
 
 
 def dgrad(
-    shape: ConvShape, dtype: str, dy_prologue: str = "none", epilogue: str = "none"
+    shape: ConvShape,
+    dtype: str,
+    dy_prologue: str = "none",
+    epilogue: str = "none",
+    dres_mask: bool = False,
+    ours: bool = False,
 ) -> Traffic:
-    """dx = conv_transpose(dy, w), dy as read (none) or a * g + b * y + c a channel (dbn).
+    """dx = conv_transpose(dy, w), dy as read (none) or formed from g and y (dbn, mask_dbn).
 
     | epilogue | what | reads besides | writes |
     |---|---|---|---|
@@ -187,14 +225,19 @@ def dgrad(
     | add_gate_sums | the same at a block's end, after the add | dres, y_end, bits | g_in |
     | dual_add_gate_sums | the same, with the projection's BN | dres, y_end, y_short, bits | g_in |
 
-    dx has the whole shape of x, whatever the stride: a strided 1x1 writes zeros."""
+    dres_mask: dres is gated where it is read, by bits of its own. dx has the whole shape of x,
+    whatever the stride: a strided 1x1 writes zeros. ours: a strided dgrad of fastres.kernels, which
+    reads the gradient once a launch (`ConvShape.dy_read`)."""
     _one_of("dgrad epilogue", epilogue, DGRAD_EPILOGUES)
     x = size(shape.x, dtype)
-    reads = {"w": shape.weights * itemsize(dtype), **_dy(shape, dtype, dy_prologue)}
+    read = shape.dy_read if ours else shape.y
+    reads = {"w": shape.weights * itemsize(dtype), **_dy(shape, dtype, dy_prologue, read)}
     if epilogue == "gate_sums":
         reads["y_in"] = x
     elif epilogue != "none":
         reads["dres"] = x
+        if dres_mask:
+            reads["dres bits"] = bits(shape.x)
     if epilogue.endswith("add_gate_sums"):
         reads |= {"y_end": x, "bits": bits(shape.x)}
         if epilogue.startswith("dual"):
@@ -218,14 +261,16 @@ def dgrad_wgrad(
     dy_prologue: str = "none",
     x_prologue: str = "none",
     epilogue: str = "none",
+    dres_mask: bool = False,
 ) -> Traffic:
-    """`dgrad` and `wgrad` in one kernel, each operand read once; 1x1 stride 1 only."""
+    """`dgrad` and `wgrad` in one kernel, each operand read once; 1x1 stride 1 only, and at most
+    `JOINT_CHANNELS` output channels (not checked here)."""
     if not shape.pointwise:
         raise ValueError(
             f"roofline: dgrad_wgrad is for 1x1 convs of stride 1, got {shape.R}x{shape.S} stride "
             f"{shape.stride}"
         )
-    d = dgrad(shape, dtype, dy_prologue, epilogue)
+    d = dgrad(shape, dtype, dy_prologue, epilogue, dres_mask)
     w = wgrad(shape, dtype, dy_prologue, x_prologue)
     return Traffic(d.reads | w.reads, d.writes | w.writes, d.flops + w.flops)
 
@@ -246,16 +291,13 @@ def bn_apply(x: Shape, dtype: str, residual: bool = False, mask: bool = False) -
     return Traffic(reads, {"z": t, **({"bits": bits(x)} if mask else {})})
 
 
-def bn_bwd_reduce(
-    x: Shape, dtype: str, mask: bool = False, dual: bool = False, write_g: bool = False
-) -> Traffic:
-    """dgamma and dbeta. Reads 2 T, 3 T dual, the mask's bits; `write_g` (rungs c and d, where no
-    dgrad epilogue can do it) also writes the gated gradient."""
+def bn_bwd_reduce(x: Shape, dtype: str, mask: bool = False, dual: bool = False) -> Traffic:
+    """dgamma and dbeta. Reads 2 T, 3 T dual, the mask's bits."""
     t = size(x, dtype)
     reads = {"dz": t, "y": t, **({"y_short": t} if dual else {})}
     if mask:
         reads["bits"] = bits(x)
-    return Traffic(reads, {"g": t} if write_g else {})
+    return Traffic(reads)
 
 
 def bn_bwd_apply(x: Shape, dtype: str, mask: bool = False, dual: bool = False) -> Traffic:
@@ -284,11 +326,9 @@ def bn_relu_maxpool(x: Shape, z: Shape, dtype: str) -> Traffic:
     return Traffic({"y": size(x, dtype)}, {"z": size(z, dtype), "index": math.prod(z)})
 
 
-def bn_relu_maxpool_bwd_reduce(x: Shape, z: Shape, dtype: str, write_g: bool = False) -> Traffic:
-    """dgamma and dbeta of the stem. Reads T, t, the index; `write_g` (rungs c2 and d) also writes
-    the gradient before the batch norm."""
-    reads = {"y": size(x, dtype), "dz": size(z, dtype), "index": math.prod(z)}
-    return Traffic(reads, {"g": size(x, dtype)} if write_g else {})
+def bn_relu_maxpool_bwd_reduce(x: Shape, z: Shape, dtype: str) -> Traffic:
+    """dgamma and dbeta of the stem. Reads T, t, the index."""
+    return Traffic({"y": size(x, dtype), "dz": size(z, dtype), "index": math.prod(z)})
 
 
 def bn_relu_maxpool_bwd_apply(x: Shape, z: Shape, dtype: str) -> Traffic:
