@@ -22,7 +22,15 @@ MODULES = {
 }
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_forced: list[str] = []
+
+class _Forced:
+    """One use_backend that is active; no two are equal."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+_forced: list[_Forced] = []
 
 
 class BackendError(RuntimeError):
@@ -60,11 +68,16 @@ def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return unavailable(name)
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` asks for now."""
+    return _forced[-1].name if _forced else None
+
+
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(backend, why) for tensors of this device and dtype; raises BackendError when there is
     none."""
     if _forced:
-        name, why = _forced[-1], f"use_backend({_forced[-1]!r})"
+        name, why = _forced[-1].name, f"use_backend({_forced[-1].name!r})"
     elif dtype == torch.float64:
         name, why = "reference", "float64 is evaluated by the reference"
     elif device.type == "cpu":
@@ -80,11 +93,6 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if reason is not None:
         raise BackendError(f"fastres backend {name!r} cannot run this: {reason}")
     return name, why
-
-
-def forced() -> bool:
-    """Whether a `use_backend` block is active."""
-    return bool(_forced)
 
 
 def select(x: Tensor) -> ModuleType:
@@ -104,11 +112,12 @@ def use_backend(name: str) -> Iterator[None]:
     reason = unavailable(name)
     if reason is not None:
         raise BackendError(f"fastres backend {name!r} is not available: {reason}")
-    _forced.append(name)
+    entry = _Forced(name)
+    _forced.append(entry)
     try:
         yield
     finally:
-        _forced.remove(name)
+        _forced.remove(entry)
 
 
 def status() -> dict[str, str | None]:

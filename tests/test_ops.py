@@ -3,6 +3,8 @@ op."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import LAYOUTS, MODES, OPS, Case, make
@@ -249,6 +251,11 @@ BAD = {
         ValueError,
         "running_mean and running_var are needed",
     ),
+    "half the statistics": (
+        lambda: ops.bn_relu(X, BN._replace(running_var=None)),
+        ValueError,
+        "bn has only one of running_mean and running_var",
+    ),
     "residual shape": (
         lambda: ops.bn_add_relu(X, BN, X[:, :, :3]),
         ValueError,
@@ -301,6 +308,115 @@ def test_rejects(what: str) -> None:
     with pytest.raises(error, match=message):
         call()
     assert torch.equal(BN.running_mean, running)
+
+
+def _raw_cases() -> dict:
+    """torch.ops.fastres called by hand: (op, good arguments, {position: bad values}).
+
+    (A tensor on meta sends the call to the fake implementation, which reads nothing.)"""
+    o = torch.ops.fastres
+    c = 16
+    x = torch.randn(2, c, 6, 6).to(memory_format=torch.channels_last)
+    v, st = torch.ones(c), torch.ones(3, c)
+    bits = torch.zeros(72, 2, dtype=torch.uint8)
+    w = torch.randn(c, c, 3, 3)
+    geometry = [1, 1, 1, 1, 1, 1, 1]
+    index = torch.zeros(2, c, 3, 3, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    pooled = torch.randn(2, c, 3, 3)
+    none = [None] * 4
+    small = torch.randn(1, c, 2, 2)
+    acts = [small, x.bfloat16(), x[0]]
+    vecs = [torch.ones(1), torch.ones(c, 2)]
+    stats = [torch.ones(3, 1), torch.ones(c), st.double()]
+    masks = [bits[:1], bits.int(), bits[:1].expand(72, 2)]
+    stage = (x, [w], [v], [v], [v], [v], [1], [False], geometry, [False], [1e-5], "b", True)
+    stage_bwd = (
+        x, x, [], [bits], [w], [v], [v], [x], [st], [1], [False], geometry, [False], "b", True,
+        [True],
+    )  # fmt: skip
+    return {
+        "add_relu": (o.add_relu, (x, x, True), {0: [x.int(), x[0]], 1: acts}),
+        "relu_bwd": (o.relu_bwd, (x, bits, True), {0: [small, x[0]], 1: masks}),
+        "bn_act": (
+            o.bn_act, (x, v, v, v, v, False, 1e-5, x, v, v, v, v, False, 1e-5, True, True),
+            {1: vecs, 2: vecs, 3: vecs, 4: vecs, 7: acts, 8: vecs, 9: vecs, 10: vecs, 11: vecs},
+        ),
+        "bn_act_bwd": (
+            o.bn_act_bwd, (x, bits, x, st, v, v, True, x, st, v, True, True, True),
+            {0: acts, 1: masks, 2: [x[0], small], 3: stats, 4: vecs, 5: vecs, 7: acts, 8: stats},
+        ),
+        "bn_relu_maxpool": (
+            o.bn_relu_maxpool, (x, v, v, v, v, False, 1e-5, 3, 2, 1),
+            {0: [x[0]], 1: vecs, 2: vecs, 3: vecs, 4: vecs, 7: [0, 17, 9], 8: [0], 9: [-1, 2]},
+        ),
+        "bn_relu_maxpool_bwd": (
+            o.bn_relu_maxpool_bwd, (pooled, index, x, st, v, True, 3, 2, 1),
+            {0: acts, 1: [index[:1], index.int(), index.contiguous()], 3: stats, 4: vecs, 7: [17]},
+        ),
+        "conv_bn_act": (
+            o.conv_bn_act,
+            (x, w, None, geometry, v, v, v, v, False, 1e-5, x, *none, False, 0.0, True, True),
+            {1: [w[:, :3], w[0]], 3: [geometry[:5], [0] * 7], 4: vecs, 6: vecs, 10: acts},
+        ),
+        "conv_bn_act_bwd": (
+            o.conv_bn_act_bwd,
+            (x, bits, x, w, geometry, x, st, v, v, True, None, None, None, False, True, False,
+             True, True, False),
+            {0: acts, 1: masks, 4: [geometry[:5]], 5: acts, 6: stats, 7: vecs},
+        ),
+        "residual_stage": (
+            o.residual_stage, stage,
+            {1: [[w, w], [w[:, :3]]], 2: [[t] for t in vecs], 4: [[t] for t in vecs], 6: [[2], [0]],
+             7: [[True], []], 8: [geometry[:5], []], 11: ["e"]},
+        ),
+        "residual_stage_bwd": (
+            o.residual_stage_bwd, stage_bwd,
+            {0: acts, 2: [[x]], 3: [[t] for t in masks] + [[]], 5: [[t] for t in vecs],
+             7: [[t] for t in acts] + [[x[:1].expand(2, c, 6, 6)]], 8: [[t] for t in stats]},
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _raw_cases())
+def test_ops_called_by_hand_reject_what_the_kernels_would_misread(name: str) -> None:
+    op, good, bad = _raw_cases()[name]
+    op(*good)
+    for position, values in bad.items():
+        for value in values:
+            args = list(good)
+            args[position] = value
+            with pytest.raises((ValueError, TypeError), match=f"{name}|bn_act|kernel"):
+                op(*args)
+
+
+def test_a_cumulative_average_counts_as_torch_does() -> None:
+    bn = torch.nn.BatchNorm2d(4, momentum=None)
+    twin = torch.nn.BatchNorm2d(4, momentum=None)
+    for seed in range(4):
+        x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(seed))
+        ops.bn_relu(x, BatchNorm.of(bn))
+        twin(x)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(getattr(bn, name), getattr(twin, name))
+    before = copy.deepcopy(bn.state_dict())
+    with pytest.raises(ValueError, match="Expected more than 1 value"):
+        ops.bn_relu(X[:1, :, :1, :1], BatchNorm.of(bn))
+    assert all(torch.equal(v, before[k]) for k, v in bn.state_dict().items())
+
+
+def test_a_backend_inside_another_ends_alone() -> None:
+    with fastres.use_backend("reference"):
+        with fastres.use_backend("cpu"):
+            with fastres.use_backend("reference"):
+                assert backends.forced() == "reference"
+            assert backends.forced() == "cpu"
+        assert backends.forced() == "reference"
+    outer, inner = fastres.use_backend("reference"), fastres.use_backend("cpu")
+    outer.__enter__(), inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert backends.forced() == "cpu"
+    inner.__exit__(None, None, None)
+    assert backends.forced() is None
 
 
 def test_explicit_backend_never_falls_back() -> None:

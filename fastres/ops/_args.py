@@ -3,10 +3,13 @@ computed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fastres._layout import is_nhwc
 
 
 class Conv(NamedTuple):
@@ -35,26 +38,22 @@ class BatchNorm(NamedTuple):
 
     training: normalise by batch statistics and update the running ones by
     `running = (1 - momentum) * running + momentum * batch` (unbiased variance); otherwise normalise
-    by the running ones (eval mode, or a frozen BN in a training model). Running statistics may be
-    None when training."""
+    by the running ones (eval mode, or a frozen BN in a training model). Running statistics may both
+    be None when training. batches: torch's num_batches_tracked, counted up with each update;
+    momentum None: 1 / batches, a cumulative average."""
 
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     training: bool = False
-    momentum: float = 0.1
+    momentum: float | None = 0.1
     eps: float = 1e-5
+    batches: Tensor | None = None
 
     @staticmethod
     def of(m: nn.BatchNorm2d) -> BatchNorm:
-        """The batch norm a module stands for at this moment; counts the batch as torch's forward
-        does."""
-        momentum = 0.0 if m.momentum is None else m.momentum
-        if m.training and m.track_running_stats and m.num_batches_tracked is not None:
-            m.num_batches_tracked.add_(1)
-            if m.momentum is None:
-                momentum = 1.0 / float(m.num_batches_tracked)
+        """The batch norm a module stands for at this moment."""
         batch_stats = m.training or (m.running_mean is None and m.running_var is None)
         tracked = not m.training or m.track_running_stats
         return BatchNorm(
@@ -63,8 +62,9 @@ class BatchNorm(NamedTuple):
             m.running_mean if tracked else None,
             m.running_var if tracked else None,
             batch_stats,
-            momentum,
+            m.momentum,
             m.eps,
+            m.num_batches_tracked if m.training and m.track_running_stats else None,
         )
 
     def affine(self, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +182,10 @@ def check_bn(op: str, shape: tuple[int, ...], x: Tensor, bn: BatchNorm, name: st
             raise ValueError(
                 f"{op}: {name}.{field} is on {t.device}, but x is on {x.device}; move one of them"
             )
+    if (bn.running_mean is None) != (bn.running_var is None):
+        raise ValueError(
+            f"{op}: {name} has only one of running_mean and running_var; give both or none"
+        )
     if bn.training:
         if shape[0] * shape[2] * shape[3] == 1:
             # torch's own words (torch.nn.functional.batch_norm)
@@ -193,3 +197,88 @@ def check_bn(op: str, shape: tuple[int, ...], x: Tensor, bn: BatchNorm, name: st
         raise ValueError(
             f"{op}: {name} is not training, so running_mean and running_var are needed"
         )
+
+
+def check_conv_bn(op: str, x: Tensor, conv: Conv, bn: BatchNorm) -> tuple[int, int, int, int]:
+    """The shape of conv(x), after checking everything that conv and batch norm need."""
+    check_activation(op, "x", x)
+    check_conv(op, x, conv)
+    shape = conv_out_shape(op, tuple(x.shape), conv)
+    check_bn(op, shape, x, bn)
+    return shape
+
+
+# --- torch.ops.fastres.*, called by hand ----------------------------------------------------------
+# The kernels read as many elements as shapes promise; these are the promises.
+
+
+def _require(op: str, name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], dtype=None) -> None:
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {_shape(t)}")
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, but x is on {x.device}; move one of them")
+    if t.dtype not in FLOATS if dtype is None else t.dtype != dtype:
+        accepted = dtype or "a floating dtype"
+        raise TypeError(f"{op}: {name} has dtype {t.dtype}; accepted: {accepted}")
+
+
+def check_raw(
+    op: str,
+    x: Tensor,
+    like: Mapping[str, Tensor | None] = {},  # noqa: B006
+    vectors: Mapping[str, Tensor | None] = {},  # noqa: B006
+    stats: Mapping[str, Tensor | None] = {},  # noqa: B006
+    masks: Mapping[str, Tensor | None] = {},  # noqa: B006
+    nhwc: bool | None = None,
+) -> None:
+    """x is an activation; what is not None among `like` has its shape, dtype and device; `vectors`
+    have a value a channel, `stats` (mean, var, rstd) of each, `masks` a bit an element of x in its
+    layout (or in NHWC, or not, as `nhwc` says)."""
+    check_activation(op, "x", x)
+    n, c, h, w = x.shape
+    for name, t in like.items():
+        if t is not None:
+            check_like(op, name, t, x, (n, c, h, w))
+    for name, t in vectors.items():
+        if t is not None:
+            _require(op, name, t, x, (c,))
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, t in stats.items():
+        if t is not None:
+            _require(op, name, t, x, (3, c), wide)
+            _check_dense(op, name, t)
+    for name, t in masks.items():
+        if t is not None:
+            rows_nhwc = (is_nhwc(x) if nhwc is None else nhwc) or c == 1 or h == w == 1
+            outer, inner = (n * h * w, c) if rows_nhwc else (n * c, h * w)
+            _require(op, name, t, x, (outer, (inner + 7) // 8), torch.uint8)
+            _check_dense(op, name, t)
+
+
+def _check_dense(op: str, name: str, t: Tensor) -> None:
+    if not t.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {tuple(t.stride())}")
+
+
+def raw_bn(
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> BatchNorm:
+    """The batch norm of an op's arguments; the running statistics are not read in training."""
+    if training:
+        return BatchNorm(gamma, beta, None, None, True)
+    return BatchNorm(gamma, beta, running_mean, running_var)
+
+
+def raw_conv(op: str, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]) -> Conv:
+    """The conv of an op's [stride, padding, dilation (h, w each), groups]."""
+    if len(geometry) != 7 or min(geometry[:2]) < 1 or min(geometry[4:]) < 1 or min(geometry) < 0:
+        raise ValueError(
+            f"{op}: geometry is {list(geometry)}; accepted: [stride, padding, dilation (h, w "
+            "each), groups]"
+        )
+    sh, sw, ph, pw, dh, dw, groups = geometry
+    return Conv(weight, bias, (sh, sw), (ph, pw), (dh, dw), groups)

@@ -15,18 +15,33 @@ def define(
     fake: Callable,
     setup: Callable | None = None,
     backward: Callable | None = None,
+    check: Callable | None = None,
 ) -> None:
     """Register `torch.ops.fastres.<name>`; one implementation for every device, the backend is
-    chosen inside."""
+    chosen inside.
+
+    check: takes the op's arguments and raises where the kernels would read what is not there; for
+    those who call torch.ops.fastres by hand."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _checked(impl, check), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastres::{name}", fake, lib=LIBRARY)
     if backward is not None:
         backward = _skip_undefined(backward, torch._C.parse_schema(f"fastres::{schema}"))
         torch.library.register_autograd(
             f"fastres::{name}", backward, setup_context=setup, lib=LIBRARY
         )
+
+
+def _checked(impl: Callable, check: Callable | None) -> Callable:
+    if check is None:
+        return impl
+
+    def run(*args):
+        check(*args)
+        return impl(*args)
+
+    return run
 
 
 def _skip_undefined(backward: Callable, schema: torch._C.FunctionSchema) -> Callable:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastres import backends
 from fastres._layout import is_nhwc
 
-from ._args import check_activation, check_like
+from ._args import check_activation, check_like, check_raw
 from ._library import define, refuse_double_backward
 from ._units import alloc_mask, dense, in_format, needs_grad
 
@@ -38,6 +38,15 @@ def _relu_bwd_fake(dz: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
     return torch.empty_like(in_format(dz, channels_last, "add_relu backward"))
 
 
+def _check(a: Tensor, b: Tensor, save: bool) -> None:
+    check_activation("add_relu", "a", a)
+    check_like("add_relu", "b", b, a, tuple(a.shape))
+
+
+def _check_bwd(dz: Tensor, mask: Tensor, channels_last: bool) -> None:
+    check_raw("relu_bwd", dz, masks={"mask": mask}, nhwc=channels_last)
+
+
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     z, mask = output
@@ -58,6 +67,7 @@ define(
     _relu_bwd,
     _relu_bwd_fake,
     *refuse_double_backward("add_relu"),
+    _check_bwd,
 )
 define(
     "add_relu(Tensor a, Tensor b, bool save) -> (Tensor z, Tensor mask)",
@@ -65,6 +75,7 @@ define(
     _add_relu_fake,
     _setup,
     _backward,
+    _check,
 )
 
 
@@ -75,6 +86,5 @@ def add_relu(a: Tensor, b: Tensor) -> Tensor:
     dense in channels_last or contiguous; a b in another layout than a is copied, and counted in
     `fastres.report`. Returns z in a's layout. Saves one bit an element for the backward. Raises
     TypeError or ValueError that names the argument."""
-    check_activation("add_relu", "a", a)
-    check_like("add_relu", "b", b, a, tuple(a.shape))
+    _check(a, b, False)
     return torch.ops.fastres.add_relu(a, b, needs_grad(a, b))[0]

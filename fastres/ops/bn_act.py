@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastres._layout import is_nhwc
 
-from ._args import BatchNorm, check_activation, check_bn, check_like
+from ._args import BatchNorm, check_activation, check_bn, check_like, check_raw, raw_bn
 from ._library import define, refuse_double_backward
 from ._units import (
     Norm,
@@ -133,6 +133,29 @@ def _bn_act_bwd_fake(dz, mask, x, stats, gamma, beta, training, residual, res_st
     )
 
 
+def _check(x, gamma, beta, running_mean, running_var, training, eps, residual, res_gamma, res_beta,
+           res_running_mean, res_running_var, res_training, res_eps, relu, save):  # fmt: skip
+    op = "bn_act"
+    check_raw(op, x, {"residual": residual})
+    shape = tuple(x.shape)
+    check_bn(op, shape, x, raw_bn(gamma, beta, running_mean, running_var, training))
+    if residual is not None and res_gamma is not None:
+        res = raw_bn(res_gamma, res_beta, res_running_mean, res_running_var, res_training)
+        check_bn(op, shape, x, res, "residual_bn")
+
+
+def _check_bwd(dz, mask, x, stats, gamma, beta, training, residual, res_stats, res_gamma,
+               res_training, relu, has_shortcut):  # fmt: skip
+    check_raw(
+        "bn_act_bwd",
+        x,
+        {"dz": dz, "residual": residual},
+        {"gamma": gamma, "beta": beta, "res_gamma": res_gamma},
+        {"stats": stats, "res_stats": res_stats},
+        {"mask": mask if relu else None},
+    )
+
+
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     (
@@ -191,6 +214,7 @@ define(
     _bn_act_bwd,
     _bn_act_bwd_fake,
     *refuse_double_backward("bn_act"),
+    _check_bwd,
 )
 define(
     "bn_act(Tensor x, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, bool "
@@ -202,6 +226,7 @@ define(
     _bn_act_fake,
     _setup,
     _backward,
+    _check,
 )
 
 

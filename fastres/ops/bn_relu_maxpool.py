@@ -14,7 +14,7 @@ from torch import Tensor
 from fastres import backends
 from fastres._layout import is_nhwc
 
-from ._args import BatchNorm, check_activation, check_bn
+from ._args import BatchNorm, check_activation, check_bn, check_like, check_raw, raw_bn
 from ._library import define, refuse_double_backward
 from ._units import (
     alloc_stats,
@@ -97,6 +97,27 @@ def _bwd_fake(dz, index, x, stats, gamma, training, kernel, stride, padding):
     return torch.empty_like(x), *alloc_vectors(x, 2)
 
 
+def _check(x, gamma, beta, running_mean, running_var, training, eps, kernel, stride, padding):
+    op = "bn_relu_maxpool"
+    check_activation(op, "x", x)
+    shape = tuple(x.shape)
+    check_window(op, shape, kernel, stride, padding)
+    check_bn(op, shape, x, raw_bn(gamma, beta, running_mean, running_var, training))
+
+
+def _check_bwd(dz, index, x, stats, gamma, training, kernel, stride, padding):
+    op = "bn_relu_maxpool_bwd"
+    check_raw(op, x, vectors={"gamma": gamma}, stats={"stats": stats})
+    check_window(op, tuple(x.shape), kernel, stride, padding)
+    pooled = _alloc_pooled(x.to("meta"), kernel, stride, padding, torch.uint8)
+    check_like(op, "dz", dz, x, tuple(pooled.shape))
+    fits = index.shape == pooled.shape and index.stride() == pooled.stride()
+    if not fits or index.dtype != torch.uint8 or index.device != x.device:
+        raise ValueError(
+            f"{op}: index must be uint8 of shape {tuple(pooled.shape)} in x's layout, on its device"
+        )
+
+
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     x, gamma, beta, _, _, ctx.training, _, *ctx.pool = inputs
@@ -121,6 +142,7 @@ define(
     _bwd,
     _bwd_fake,
     *refuse_double_backward("bn_relu_maxpool"),
+    _check_bwd,
 )
 define(
     "bn_relu_maxpool(Tensor x, Tensor gamma, Tensor beta, Tensor running_mean, Tensor running_var, "
@@ -130,7 +152,20 @@ define(
     _fake,
     _setup,
     _backward,
+    _check,
 )
+
+
+def check_window(op: str, shape: tuple[int, ...], kernel: int, stride: int, padding: int) -> None:
+    """The pool's kernels take this window on activations of this shape."""
+    if not (1 <= kernel <= MAX_KERNEL and stride >= 1 and 0 <= padding <= kernel // 2):
+        raise ValueError(
+            f"{op}: kernel={kernel}, stride={stride}, padding={padding}; accepted: 1 <= kernel "
+            f"<= {MAX_KERNEL}, "
+            "stride >= 1, 0 <= padding <= kernel // 2"
+        )
+    if min(shape[2:]) + 2 * padding < kernel:
+        raise ValueError(f"{op}: x {shape} is smaller than the {kernel}x{kernel} window")
 
 
 def bn_relu_maxpool(
@@ -145,15 +180,8 @@ def bn_relu_maxpool(
     TypeError that names the argument."""
     op = "bn_relu_maxpool"
     check_activation(op, "x", x)
-    if not (1 <= kernel <= MAX_KERNEL and stride >= 1 and 0 <= padding <= kernel // 2):
-        raise ValueError(
-            f"{op}: kernel={kernel}, stride={stride}, padding={padding}; accepted: 1 <= kernel "
-            f"<= {MAX_KERNEL}, "
-            "stride >= 1, 0 <= padding <= kernel // 2"
-        )
     shape = tuple(x.shape)
-    if min(shape[2:]) + 2 * padding < kernel:
-        raise ValueError(f"{op}: x {shape} is smaller than the {kernel}x{kernel} window")
+    check_window(op, shape, kernel, stride, padding)
     check_bn(op, shape, x, bn)
     gamma, beta = bn.affine(shape[1], x)
     z, _, stats = torch.ops.fastres.bn_relu_maxpool(

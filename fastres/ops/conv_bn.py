@@ -15,8 +15,12 @@ from ._args import (
     check_activation,
     check_bn,
     check_conv,
+    check_conv_bn,
     check_like,
+    check_raw,
     conv_out_shape,
+    raw_bn,
+    raw_conv,
 )
 from ._library import define, refuse_double_backward
 from ._units import alloc_mask, alloc_stats, alloc_vectors, conv_bwd, conv_fwd, dense, needs_grad
@@ -126,6 +130,36 @@ def _conv_bn_act_bwd_fake(dz, mask, x, weight, geometry, y, stats, gamma, beta, 
     )
 
 
+def _check(x, weight, bias, geometry, gamma, beta, running_mean, running_var, training, eps,
+           residual, res_gamma, res_beta, res_running_mean, res_running_var, res_training, res_eps,
+           relu, save):  # fmt: skip
+    op = "conv_bn_act"
+    bn = raw_bn(gamma, beta, running_mean, running_var, training)
+    shape = check_conv_bn(op, x, raw_conv(op, weight, bias, geometry), bn)
+    if residual is not None:
+        check_like(op, "residual", residual, x, shape)
+        if res_gamma is not None:
+            res = raw_bn(res_gamma, res_beta, res_running_mean, res_running_var, res_training)
+            check_bn(op, shape, x, res, "residual_bn")
+
+
+def _check_bwd(dz, mask, x, weight, geometry, y, stats, gamma, beta, training, residual, res_stats,
+               res_gamma, res_training, relu, has_shortcut, need_dx, need_dw, need_db):  # fmt: skip
+    op = "conv_bn_act_bwd"
+    check_activation(op, "x", x)
+    conv = raw_conv(op, weight, None, geometry)
+    check_conv(op, x, conv)
+    check_like(op, "y", y, x, conv_out_shape(op, tuple(x.shape), conv))
+    check_raw(
+        op,
+        y,
+        {"dz": dz, "residual": residual},
+        {"gamma": gamma, "beta": beta, "res_gamma": res_gamma},
+        {"stats": stats, "res_stats": res_stats},
+        {"mask": mask if relu else None},
+    )
+
+
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     (x, weight, bias, ctx.geometry, gamma, beta, _, _, ctx.training, _, residual, res_gamma,
@@ -176,6 +210,7 @@ define(
     _conv_bn_act_bwd,
     _conv_bn_act_bwd_fake,
     *refuse_double_backward("conv_bn_act"),
+    _check_bwd,
 )
 define(
     "conv_bn_act(Tensor x, Tensor weight, Tensor? bias, int[] geometry, Tensor gamma, Tensor beta, "
@@ -188,6 +223,7 @@ define(
     _conv_bn_act_fake,
     _setup,
     _backward,
+    _check,
 )
 
 
@@ -200,10 +236,7 @@ def _run(
     residual_bn: BatchNorm | None,
     relu: bool,
 ) -> Tensor:
-    check_activation(op, "x", x)
-    check_conv(op, x, conv)
-    shape = conv_out_shape(op, tuple(x.shape), conv)
-    check_bn(op, shape, x, bn)
+    shape = check_conv_bn(op, x, conv, bn)
     if residual is not None:
         check_like(op, "residual", residual, x, shape)
     gamma, beta = bn.affine(shape[1], x)

@@ -18,11 +18,24 @@ import torch
 from torch import Tensor
 
 from fastres import backends
+from fastres._layout import is_dense
 
-from ._args import BatchNorm, Conv, check_activation, check_bn, check_conv, conv_out_shape
+from ._args import (
+    BatchNorm,
+    Conv,
+    check_activation,
+    check_bn,
+    check_conv,
+    check_like,
+    check_raw,
+    conv_out_shape,
+    raw_bn,
+    raw_conv,
+)
 from ._ladder import RUNGS, Stage, backward, conv_output, forward, vendor_reason
 from ._library import define, plain_eager, refuse_double_backward
 from ._units import (
+    GEOMETRY,
     alloc_mask,
     alloc_stats,
     alloc_vectors,
@@ -183,6 +196,74 @@ def _residual_stage_bwd_fake(
     )
 
 
+def check_stage(
+    x, weights, gammas, betas, running_means, running_vars, main, projection, geometry, training,
+    eps, fusion, save, op="residual_stage",
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """The arguments of torch.ops.fastres.residual_stage fit together; the shape of each conv's
+    output."""
+    check_activation(op, "x", x)
+    count = sum(main) + sum(projection)
+    columns = {
+        "weights": weights, "gammas": gammas, "betas": betas, "running_means": running_means,
+        "running_vars": running_vars, "training": training, "eps": eps,
+        "geometry": [geometry[i : i + GEOMETRY] for i in range(0, len(geometry), GEOMETRY)],
+    }  # fmt: skip
+    for name, column in columns.items():
+        if len(column) != count:
+            raise ValueError(f"{op}: {name} must have one entry a conv, {count}, got {len(column)}")
+    if len(main) != len(projection) or min(main, default=0) < 1:
+        raise ValueError(f"{op}: main is {main}, projection {projection}; one entry a block each")
+    check_fusion(op, fusion, x)
+    norms = zip(gammas, betas, running_means, running_vars, training, strict=True)
+    units = [
+        Unit(raw_conv(op, w, None, g), raw_bn(*norm))
+        for w, g, norm in zip(weights, columns["geometry"], norms, strict=True)
+    ]
+    shapes: list[tuple[int, ...]] = []
+    shape = tuple(x.shape)
+    for count, projected in zip(main, projection, strict=True):
+        block, units = units[: count + projected], units[count + projected :]
+        shape = check_block(op, x, shape, block[:count], block[-1] if projected else None, shapes)
+    return shapes
+
+
+def check_stage_bwd(
+    dz, x, zs, masks, weights, gammas, betas, ys, stats, main, projection, geometry, training,
+    fusion, need_dx, need_dw,
+) -> None:  # fmt: skip
+    """As check_stage, of torch.ops.fastres.residual_stage_bwd."""
+    op = "residual_stage_bwd"
+    count = len(weights)
+    # the running statistics and eps are not read again: anything of their shape will do
+    shapes = check_stage(
+        x, weights, gammas, betas, gammas, gammas, main, projection, geometry, training,
+        [0.0] * count, fusion, True, op,
+    )  # fmt: skip
+    lists = {"ys": ys, "stats": stats, "need_dw": need_dw}
+    for name, column in lists.items():
+        if len(column) != count:
+            raise ValueError(f"{op}: {name} must have one entry a conv, {count}, got {len(column)}")
+    if len(masks) != len(main) or len(zs) != len(main) - 1:
+        raise ValueError(
+            f"{op}: {len(main)} blocks need {len(main)} masks and {len(main) - 1} zs, got "
+            f"{len(masks)} and {len(zs)}"
+        )
+    for i, (y, st, shape) in enumerate(zip(ys, stats, shapes, strict=True)):
+        check_like(op, f"ys[{i}]", y, x, shape)
+        check_raw(op, y, stats={f"stats[{i}]": st})
+        if not is_dense(y):
+            raise ValueError(f"{op}: ys[{i}] must be dense, got strides {tuple(y.stride())}")
+    first = 0
+    for b, z in enumerate([*zs, dz]):
+        y = ys[first + main[b] - 1]
+        name = f"zs[{b}]" if b < len(zs) else "dz"
+        check_raw(op, y, {name: z}, masks={f"masks[{b}]": masks[b]})
+        if not is_dense(z) and z is not dz:
+            raise ValueError(f"{op}: {name} must be dense, got strides {tuple(z.stride())}")
+        first += main[b] + projection[b]
+
+
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     x, weights, gammas, betas, _, _, *config, _, ctx.fusion, ctx.save = inputs
@@ -236,6 +317,7 @@ define(
     _residual_stage_bwd,
     _residual_stage_bwd_fake,
     *refuse_double_backward("residual_stage"),
+    check_stage_bwd,
 )
 define(
     "residual_stage(Tensor x, Tensor[] weights, Tensor[] gammas, Tensor[] betas, Tensor[] "
@@ -246,6 +328,7 @@ define(
     _residual_stage_fake,
     _setup,
     _backward,
+    check_stage,
 )
 
 
@@ -342,7 +425,7 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
     shape: tuple[int, ...] = tuple(x.shape)
     for b, (units, shortcut) in enumerate(blocks):
         where = op if op == "residual_block" else f"{op}: blocks[{b}]"
-        shape = _check_block(where, x, shape, units, shortcut, shapes)
+        shape = check_block(where, x, shape, units, shortcut, shapes)
         every += units
         if shortcut is not None:
             every.append(shortcut)
@@ -380,7 +463,7 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
     return z
 
 
-def _check_block(
+def check_block(
     op: str,
     x: Tensor,
     in_shape: tuple[int, ...],

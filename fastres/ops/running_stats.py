@@ -42,12 +42,18 @@ define(
 
 
 def update_running_stats(bns: list[BatchNorm], stats: list[Tensor], counts: list[int]) -> None:
-    """Update the running statistics of those batch norms that are training and have some."""
-    due = [
-        (bn.running_mean, bn.running_var, st.detach(), float(bn.momentum), m)
-        for bn, st, m in zip(bns, stats, counts, strict=True)
-        if bn.training and bn.running_mean is not None
-    ]
+    """Count the batch and update the running statistics of those batch norms that are training and
+    have some."""
+    due = []
+    for bn, st, m in zip(bns, stats, counts, strict=True):
+        if bn.batches is not None:
+            bn.batches.add_(1)
+        if not bn.training or bn.running_mean is None or bn.running_var is None:
+            continue
+        if bn.momentum is None and bn.batches is not None:
+            _average(bn.running_mean, bn.running_var, st.detach(), bn.batches, m)
+        else:  # torch's momentum without a count is 0
+            due.append((bn.running_mean, bn.running_var, st.detach(), float(bn.momentum or 0), m))
     if due:
         columns = [list(column) for column in zip(*due, strict=True)]
         if plain_eager(*columns[0], *columns[2]):
@@ -55,3 +61,12 @@ def update_running_stats(bns: list[BatchNorm], stats: list[Tensor], counts: list
                 _update_running_stats(*columns)
         else:
             torch.ops.fastres.update_running_stats(*columns)
+
+
+@torch.no_grad()
+def _average(mean: Tensor, var: Tensor, stats: Tensor, batches: Tensor, m: int) -> None:
+    """momentum = 1 / batches, without reading it: no wait for a GPU, no break in a traced graph."""
+    momentum = batches.to(stats.dtype).reciprocal()
+    mean.copy_(momentum * stats[0] + (1 - momentum) * mean.to(stats.dtype))
+    unbias = m / (m - 1) if m > 1 else 1.0
+    var.copy_(momentum * unbias * stats[1] + (1 - momentum) * var.to(stats.dtype))
