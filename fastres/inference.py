@@ -1,27 +1,31 @@
 """CPU inference: convs with their batch norm folded in, prepacked for oneDNN, ReLU and the residual
 add as post-ops.
 
-    w' = w * gamma * rstd,   b' = beta + (bias - mean) * gamma * rstd;   z = relu(conv(x, w') + b' +
-    s)
+    w' = w * gamma * rstd,   b' = beta - mean * gamma * rstd;   z = relu(conv(x, w') + b' + s)
 
 Traffic: each activation is written once and read once by each conv that uses it; nothing else.
 Folding is done in fp32 and rounded once to the activation's dtype. Source: Jacob et al. 2018,
 section 3.2 (folding).
 
-A folded weight is cached in its module and dropped when any tensor it came from changes: the cache
-key holds identity, version counter, storage address, dtype of each, and the shape the weight was
-packed for. A write through `.data` bypasses torch's version counter; call
-`fastres.invalidate(model)` after one.
+A module's folded weights are cached and dropped when any tensor they came from changes: another
+object, version counter, storage, shape or strides, or another setting of the layer. The cache holds
+those tensors, so that no freed one's identity or address can come back. A write through `.data`
+bypasses torch's version counter; call `fastres.invalidate(model)` after one.
 
-oneDNN's ReLU post-op turns NaN into 0, unlike torch's. So this path is taken only for finite inputs
-and finite folded weights: the first fused module checks its input (one sum), and marks its output
-so that the next one need not."""
+oneDNN's ReLU post-op turns NaN into 0, unlike torch's. A NaN arises only from values that are not
+finite, so this path is taken where none can arise: `Bound` says how large an input a module takes
+before anything inside may leave the floating-point range, and how large its output then is. The
+bound is carried from module to module; where it is unknown, or has grown too large, the tensor
+itself is measured."""
 
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +33,15 @@ from torch import Tensor, nn
 from . import counters
 from ._layout import is_nhwc
 
-PACKS_KEPT = 4  # (dtype, input shape) variants of one conv, least recently used dropped first
-_MARK = "_fastres_finite"
+# (dtype, input shape) variants of one module. oneDNN chooses its weight layout by the input's
+# shape, and running on another one's costs up to 100x; a server that batches 1 to 8 needs 8.
+PACKS_KEPT = 8
+LIMIT = 1e37  # of 3.4e38, the largest fp32 and bf16: the rest is for rounding
+_MARK = "_fastres_bound"
+NCHW = "the input is not channels_last"
+
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+Shape = tuple[int, ...]
 
 
 class Packed(NamedTuple):
@@ -47,13 +58,47 @@ class Packed(NamedTuple):
     groups: int
 
 
+class Bound(NamedTuple):
+    """|z| <= gain * |x| + shift, and nothing on the way beyond LIMIT, for |x| <= safe.
+
+    safe is -1 where no input is safe, as with weights that are not finite."""
+
+    gain: float
+    shift: float
+    safe: float
+
+
+class Folded(NamedTuple):
+    """A module's convs for one input dtype and shape, in the order of its pairs."""
+
+    packs: list[Packed]
+    bound: Bound
+
+
+class _Source(NamedTuple):
+    """A tensor as it was when it was folded. `alias` keeps its storage from being reused."""
+
+    tensor: Tensor | None
+    alias: Tensor | None
+    version: int
+
+    @staticmethod
+    def of(t: Tensor | None) -> _Source:
+        return _Source(t, None, 0) if t is None else _Source(t, t.detach(), t._version)
+
+    def holds(self, t: Tensor | None) -> bool:
+        if t is None or self.alias is None:
+            return t is self.tensor
+        same = t is self.tensor and t._version == self.version
+        return same and t.is_cpu and t.is_set_to(self.alias)  # storage, shape, strides
+
+
 class Cache:
-    """Folded weights of one conv + batch norm. Not copied, not pickled: a copy starts empty and
-    refolds."""
+    """Folded weights of one module. Not copied, not pickled: a copy starts empty and refolds."""
 
     def __init__(self) -> None:
-        self._stamp: tuple | None = None
-        self._packs: OrderedDict[tuple, Packed | None] = OrderedDict()
+        self._lock = threading.Lock()
+        self.clear()
 
     def __deepcopy__(self, memo: dict) -> Cache:
         return Cache()
@@ -61,41 +106,93 @@ class Cache:
     def __reduce__(self) -> tuple:
         return (Cache, ())
 
+    def __len__(self) -> int:
+        """How many variants are held."""
+        return len(self._variants)
+
     def clear(self) -> None:
-        self._stamp = None
-        self._packs.clear()
+        with self._lock:
+            self._forget()
 
-    def get(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Packed | None:
-        """The folded conv for inputs like x; None when the folded weights are not finite or not
-        cacheable."""
-        tensors = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        if any(t is not None and t.is_inference() for t in tensors):
-            counters.count(
-                "inference: parameters made under inference_mode cannot be watched for changes"
-            )
-            return None
-        stamp = (
-            bn.eps, conv.stride, conv.padding, conv.dilation, conv.groups,
-            *((id(t), t._version, t.data_ptr(), t.dtype) for t in tensors if t is not None),
+    def _forget(self) -> None:
+        self._sources: list[_Source] = []
+        self._settings: list[Any] = []
+        self._weights: list[tuple[Tensor, Tensor]] = []
+        self._bound: Bound | None = None
+        self._variants: OrderedDict[tuple, Folded] = OrderedDict()
+
+    def get(
+        self, pairs: Sequence[Pair], x: Tensor, in_shapes: Callable[[], list[Shape]], add: str
+    ) -> Folded | None:
+        """The folded convs for inputs like x; None when they cannot be watched for changes.
+
+        in_shapes() gives the input shape of each conv, or raises; it is asked once a variant. add:
+        see `bound`."""
+        with self._lock:
+            tensors, settings = _sources_of(pairs)
+            if settings != self._settings or not all(
+                s.holds(t) for s, t in zip(self._sources, tensors, strict=True)
+            ):
+                self._forget()
+                if any(t is not None and t.is_inference() for t in tensors):
+                    counters.count(
+                        "inference: parameters made under inference_mode cannot be watched for "
+                        "changes"
+                    )
+                    return None
+                self._sources, self._settings = [_Source.of(t) for t in tensors], settings
+            key = (x.dtype, x.shape)
+            folded = self._variants.get(key)
+            if folded is None:
+                folded = self._variants[key] = self._fold(pairs, x, in_shapes(), add)
+                if len(self._variants) > PACKS_KEPT:
+                    self._variants.popitem(last=False)
+                    counters.count(
+                        f"inference: more than {PACKS_KEPT} input shapes, the weights packed for "
+                        "the oldest were dropped"
+                    )
+            else:
+                self._variants.move_to_end(key)
+            return folded
+
+    @torch.no_grad()
+    def _fold(self, pairs: Sequence[Pair], x: Tensor, shapes: list[Shape], add: str) -> Folded:
+        weights = self._weights or [fold(*pair) for pair in pairs]
+        if self._bound is None:
+            self._bound = bound(pairs, weights, add)
+        else:  # a second variant: more may come, and fold no more
+            self._weights = weights
+        return Folded(
+            [pack(c, *w, x.dtype, s) for (c, _), w, s in zip(pairs, weights, shapes, strict=True)],
+            self._bound,
+        )
+
+
+def _get(m: nn.Module, name: str) -> Tensor | None:
+    """m's tensor `name`, without the 0.5 us of nn.Module.__getattr__."""
+    own = m.__dict__
+    if name in own:
+        return own[name]
+    if name in own["_parameters"]:
+        return own["_parameters"][name]
+    return own["_buffers"][name] if name in own["_buffers"] else getattr(m, name)
+
+
+def _sources_of(pairs: Sequence[Pair]) -> tuple[list[Tensor | None], list[Any]]:
+    """The tensors that folding reads, and the settings."""
+    tensors: list[Tensor | None] = []
+    settings: list[Any] = []
+    for c, bn in pairs:
+        tensors += (
+            _get(c, "weight"), _get(bn, "weight"), _get(bn, "bias"),
+            _get(bn, "running_mean"), _get(bn, "running_var"),
         )  # fmt: skip
-        if stamp != self._stamp:
-            self._packs.clear()
-            self._stamp = stamp
-        key = (x.dtype, tuple(x.shape))
-        if key in self._packs:
-            self._packs.move_to_end(key)
-            return self._packs[key]
-        pack = fold(conv, bn, x)
-        self._packs[key] = pack
-        if len(self._packs) > PACKS_KEPT:
-            self._packs.popitem(last=False)
-        return pack
+        settings += (c.stride, c.padding, c.dilation, c.groups, bn.eps)
+    return tensors, settings
 
 
-@torch.no_grad()
-def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Packed | None:
-    """Fold bn into conv and prepack for inputs of x's shape and dtype; None when the result is not
-    finite."""
+def fold(c: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(w', b') in fp32, w' in channels_last."""
     assert bn.running_mean is not None and bn.running_var is not None
     scale = (bn.running_var.float() + bn.eps).rsqrt()
     if bn.weight is not None:
@@ -103,49 +200,99 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> Packed | None:
     shift = -bn.running_mean.float() * scale
     if bn.bias is not None:
         shift = shift + bn.bias.float()
-    if conv.bias is not None:
-        shift = shift + conv.bias.float() * scale
-    weight = conv.weight.float() * scale.view(-1, 1, 1, 1)
-    if not math.isfinite((weight.sum() + shift.sum()).item()):
-        return None
-    geometry = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
-    packed = torch.ops.mkldnn._reorder_convolution_weight(
-        weight.to(x.dtype).contiguous(memory_format=torch.channels_last), *geometry, list(x.shape)
-    )
-    return Packed(packed, shift, shift.to(x.dtype), *geometry)
+    weight = c.weight.float() * scale.view(-1, 1, 1, 1)
+    return weight.contiguous(memory_format=torch.channels_last), shift
+
+
+def pack(c: nn.Conv2d, weight: Tensor, shift: Tensor, dtype: torch.dtype, shape: Shape) -> Packed:
+    """Folded weights in oneDNN's layout for inputs of this dtype and shape."""
+    geometry = ([*c.padding], [*c.stride], [*c.dilation], c.groups)
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight.to(dtype), *geometry, list(shape))
+    return Packed(packed, shift, shift.to(dtype), *geometry)
+
+
+def bound(pairs: Sequence[Pair], weights: list[tuple[Tensor, Tensor]], add: str) -> Bound:
+    """The bound of a chain of convs, folded or as eager runs them (conv, then batch norm).
+
+    |conv(h)| <= |h| * max over channels of sum |w|. add: what is added at the chain's end: "x", or
+    "conv", the last pair, which is not of the chain, but of x; "" when nothing is."""
+
+    def norm(w: Tensor) -> float:
+        return w.float().abs().sum((1, 2, 3)).max().item()
+
+    safe = math.inf
+    ends: list[tuple[float, float]] = []
+    gain, shift = 1.0, 0.0
+    for i, ((c, _), (w, b)) in enumerate(zip(pairs, weights, strict=True)):
+        if add == "conv" and i == len(pairs) - 1:
+            ends.append((gain, shift))
+            gain, shift = 1.0, 0.0
+        raw = norm(c.weight)
+        safe = min(safe, _largest(raw * gain, raw * shift))
+        folded = norm(w)
+        gain, shift = folded * gain, folded * shift + b.abs().max().item()
+        safe = min(safe, _largest(gain, shift))
+    for other in [*ends, *([(1.0, 0.0)] if add == "x" else [])]:
+        gain, shift = gain + other[0], shift + other[1]
+        safe = min(safe, _largest(gain, shift))
+    return Bound(gain, shift, safe)
+
+
+def _largest(gain: float, shift: float) -> float:
+    """The largest |x| with gain * |x| + shift <= LIMIT; -1 when there is none."""
+    if not (math.isfinite(gain) and shift <= LIMIT):
+        return -1.0
+    return (LIMIT - shift) / gain if gain > 0 else math.inf
 
 
 def usable(x: Tensor) -> str | None:
     """None when the oneDNN path can run on x, otherwise the reason."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return "not a CPU tensor"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"{x.dtype} has no oneDNN path here"
-    mkldnn = torch.backends.mkldnn
-    if not (mkldnn.is_available() and mkldnn.enabled):
+    if not (torch._C._get_mkldnn_enabled() and torch._C._has_mkldnn):
         return "torch.backends.mkldnn is off"
     if not is_nhwc(x):
-        return "NCHW input"
+        return NCHW
     if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "this CPU has no bf16 convolutions"
     return None
 
 
-def finite(x: Tensor) -> bool:
-    """Whether x holds no NaN or Inf; one pass, none when a fused module made x from finite
-    input."""
-    if getattr(x, _MARK, False):
-        return True
-    if math.isfinite(x.sum(dtype=torch.float32).item()):
-        return True
+def sharded() -> bool:
+    """Whether FSDP2 is at work in this process: it writes gathered parameters into storage that it
+    keeps, and puts their version counters back."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    return states is not None and len(states._module_state_mapping) > 0
+
+
+def admit(x: Tensor, largest: float | None, b: Bound) -> float | None:
+    """A bound of the module's output, given one of |x| (None: unknown); None when the module must
+    not run folded on x.
+
+    Measures x (one pass) only when what is known of it does not do."""
+    if largest is None:
+        version, marked = getattr(x, _MARK, (0, None))
+        largest = marked if marked is not None and version == x._version else None
+    if largest is None or largest > b.safe:
+        low, high = torch.aminmax(x.permute(0, 2, 3, 1))
+        largest = max(-low.item(), high.item())
+    if largest <= b.safe:
+        return b.gain * largest + b.shift
     counters.count(
-        "inference: a non-finite input took the unfolded path, to propagate as torch does"
+        "inference: values that may overflow took the unfolded path, to do so as in torch"
+        if math.isfinite(largest) and b.safe >= 0
+        else "inference: a non-finite input or weight took the unfolded path, to propagate as torch"
+        " does"
     )
-    return False
+    return None
 
 
-def mark_finite(z: Tensor) -> Tensor:
-    setattr(z, _MARK, True)
+def mark(z: Tensor, largest: float | None) -> Tensor:
+    """z, its bound remembered until somebody writes to it. (Inference tensors do not tell.)"""
+    if largest is not None and not z.is_inference():
+        setattr(z, _MARK, (z._version, largest))
     return z
 
 

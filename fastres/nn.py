@@ -13,10 +13,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
 from . import backends, counters, inference, plan
+from ._spec import (
+    PLAIN,
+    Spec,
+    child,
+    has_hooks,
+    remember_methods,
+    replaced,
+    spec_obstacle,
+    watcher,
+)
 from .ops import (
     BatchNorm,
     Block,
@@ -27,115 +36,24 @@ from .ops import (
     residual_block,
     residual_stage,
 )
+from .ops._args import check_conv_bn
 from .ops._ladder import RUNGS
 from .ops._units import needs_grad
-from .ops.residual_stage import check_fusion
+from .ops.bn_relu_maxpool import check_window
+from .ops.residual_stage import check_block, check_fusion
 
 CHOICES_KEPT = 64  # input shapes of a module whose plan entries are remembered
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Where a fused module finds its layers: paths of conv and batch norm, in execution order.
-
-    units: the main branch; shortcut: the projection's pair, if any; plain: other children the fused
-    forward stands in for (ReLU, max-pool), which must keep their type and carry no hooks."""
-
-    units: tuple[tuple[str, str], ...]
-    shortcut: tuple[str, str] | None = None
-    plain: tuple[tuple[str, type], ...] = ()
-
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        return self.units if self.shortcut is None else (*self.units, self.shortcut)
-
-    def covered(self) -> tuple[tuple[str, type], ...]:
-        """(path, exact type) of every child the fused forward stands in for."""
-        found: list[tuple[str, type]] = list(self.plain)
-        for conv, bn in self.pairs():
-            found += [(conv, nn.Conv2d), (bn, nn.BatchNorm2d)]
-        if self.shortcut is not None and "." in self.shortcut[0]:
-            found.append((self.shortcut[0].rpartition(".")[0], nn.Sequential))
-        return tuple(found)
 
 
 @dataclass
 class Fusion:
-    """What `convert` attaches to a module: the spec, the folded weights of its convs, and the rung
-    of the fusion ladder that was asked for (None: the default)."""
+    """What `convert` attaches to a module: the spec, the rung of the fusion ladder that was asked
+    for (None: the default), and the folded weights of its convs."""
 
     spec: Spec
     rung: str | None = None
     choices: dict[tuple, tuple[int, str, str]] = field(default_factory=dict)
-    caches: dict[str, inference.Cache] = field(default_factory=dict)
-
-    def cache(self, conv: str) -> inference.Cache:
-        return self.caches.setdefault(conv, inference.Cache())
-
-
-def child(module: nn.Module, path: str) -> Any:
-    """The submodule at a dotted path."""
-    for name in path.split("."):
-        found = module._modules.get(name)
-        if found is None:
-            raise AttributeError(f"{type(module).__name__} has no submodule {name!r}")
-        module = found
-    return module
-
-
-def conv_obstacle(conv: nn.Conv2d, name: str) -> str | None:
-    """Why a fused op cannot stand in for this conv; None when it can."""
-    if conv.padding_mode != "zeros":
-        return f"{name} has padding_mode={conv.padding_mode!r}; only zero padding is fused"
-    if isinstance(conv.padding, str):
-        return f"{name} has padding={conv.padding!r}; only explicit padding is fused"
-    if conv.bias is not None:
-        return f"{name} has a bias; a conv bias before a batch norm is not fused"
-    return None
-
-
-def bn_obstacle(bn: nn.BatchNorm2d, name: str) -> str | None:
-    """Why a fused op cannot stand in for this batch norm; None when it can."""
-    if not bn.training and (bn.running_mean is None) != (bn.running_var is None):
-        return f"{name} has only one of running_mean and running_var"
-    return None
-
-
-def pool_obstacle(pool: nn.MaxPool2d, name: str) -> str | None:
-    """Why a fused op cannot stand in for this max-pool; None when it can."""
-    for what in ("kernel_size", "stride", "padding"):
-        value = getattr(pool, what)
-        if isinstance(value, tuple) and len(set(value)) != 1:
-            return f"{name} has a non-square {what} {value}"
-    if pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
-        return f"{name} has dilation, ceil_mode or return_indices"
-    return None
-
-
-def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
-    """Why module cannot run fused as it stands: a child of another type, a hook on one, an
-    unfusable setting."""
-    for path, kind in spec.covered():
-        try:
-            m = child(module, path)
-        except AttributeError:
-            return f"{path} is missing"
-        if type(m) is not kind:
-            return f"{path} is {type(m).__name__}, not {kind.__name__}"
-        if has_hooks(m):
-            return f"{path} has a hook, which needs the unfused tensors"
-        reason = None
-        if isinstance(m, nn.Conv2d):
-            reason = conv_obstacle(m, path)
-        elif isinstance(m, nn.BatchNorm2d):
-            reason = bn_obstacle(m, path)
-        elif isinstance(m, nn.MaxPool2d):
-            reason = pool_obstacle(m, path)
-        if reason is not None:
-            return reason
-    if any(getattr(torch_module, "_global" + hooks) for hooks in _HOOKS):
-        return "a global module hook is registered"
-    return None
+    cache: inference.Cache = field(default_factory=inference.Cache)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -207,6 +125,7 @@ class FusedMixin:
 
     original_class: type[nn.Module]
     fused_mixin: type
+    replaces: tuple[str, ...] = ("forward",)  # the original's methods that the mixin stands in for
     _fastres: Fusion
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -216,16 +135,21 @@ class FusedMixin:
             return super().__reduce_ex__(protocol)  # type: ignore[return-value]
         return _rebuild, (type(self).fused_mixin, original), self.__dict__.copy()
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script calls first."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile the fused forward of {type(self).__name__}; script "
+            "fastres.revert(model), which has the same parameters, or use torch.jit.trace"
+        )
+
     def _obstacle(self, x: Tensor) -> str | None:
         """Why this call must run the original forward; None when it can run fused."""
-        if isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing():
-            return "traced by fx or jit"
-        reason = spec_obstacle(self, self._fastres.spec)  # type: ignore[arg-type]
-        if reason is not None:
-            return reason
-        if not isinstance(x, Tensor):
-            return f"the input is {type(x).__name__}, not a Tensor"
-        return None
+        original = getattr(type(self), "original_class", None)
+        if original is not None:
+            for name in self.replaces:
+                if replaced(original, name):
+                    return f"{original.__name__}.{name} was replaced"
+        return watcher(x) or spec_obstacle(self, self._fastres.spec)  # type: ignore[arg-type]
 
     def _leave(self, reason: str) -> None:
         counters.count(f"{type(self).__name__} ran unfused: {reason}")
@@ -238,6 +162,7 @@ def fused_class(mixin: type, original: type[nn.Module]) -> type:
     """The subclass of `original` with `mixin`'s forward; one per pair."""
     key = (mixin, original)
     if key not in _classes:
+        remember_methods(original, *mixin.replaces)  # type: ignore[attr-defined]
         _classes[key] = type(
             "Fast" + original.__name__,
             (mixin, original),
@@ -264,19 +189,29 @@ def unfuse(module: nn.Module) -> None:
     del module.__dict__["_fastres"]
 
 
-def folds(module: nn.Module, spec: Spec, x: Tensor) -> bool:
-    """Whether this call is plain CPU inference, which runs on folded, prepacked convs."""
-    if torch.compiler.is_compiling() or inference.usable(x) is not None:
-        return False
+def why_unfolded(module: nn.Module, spec: Spec, x: Tensor) -> str | None:
+    """None when this call is CPU inference on folded, prepacked convs, otherwise the reason; ""
+    when it is not inference on the CPU, or not on a batch that any forward takes."""
+    if torch.compiler.is_compiling() or not x.is_cpu or x.dim() != 4 or x.numel() == 0:
+        return ""
     tensors: list[Tensor | None] = [x]
-    for conv_path, bn_path in spec.pairs():
-        conv, bn = child(module, conv_path), child(module, bn_path)
+    for conv, bn in modules_of(module, spec):
         if bn.training or bn.running_mean is None or bn.running_var is None:
-            return False
-        if conv.weight.dtype not in (x.dtype, torch.float32):
-            return False
-        tensors += [conv.weight, bn.weight, bn.bias]
-    return not needs_grad(*tensors) and inference.finite(x)
+            return ""
+        weight = conv.weight
+        if weight.dtype not in (x.dtype, torch.float32) or type(weight) not in PLAIN:
+            return ""
+        tensors += [weight, bn.weight, bn.bias]
+    if needs_grad(*tensors) or backends.forced() not in (None, "cpu"):
+        return ""
+    if inference.sharded():
+        return "FSDP's parameters cannot be watched for changes"
+    return inference.usable(x)
+
+
+def count_unfolded(reason: str) -> None:
+    if reason:
+        counters.count(f"inference: convs and batch norms were not folded: {reason}")
 
 
 def unit_of(module: nn.Module, pair: tuple[str, str]) -> Unit:
@@ -284,9 +219,13 @@ def unit_of(module: nn.Module, pair: tuple[str, str]) -> Unit:
 
 
 def block_of(module: nn.Module, spec: Spec) -> Block:
-    """The units a module stands for at this moment; counts the batch as torch's forward does."""
+    """The units a module stands for at this moment."""
     units = [unit_of(module, pair) for pair in spec.units]
     return Block(units, None if spec.shortcut is None else unit_of(module, spec.shortcut))
+
+
+def modules_of(module: nn.Module, spec: Spec) -> list[inference.Pair]:
+    return [(child(module, conv), child(module, bn)) for conv, bn in spec.pairs()]
 
 
 class ResidualBlockMixin(FusedMixin):
@@ -310,19 +249,29 @@ class ResidualBlockMixin(FusedMixin):
                 return f"autocast adds a {dtype} branch to a {x.dtype} input, which torch promotes"
         return reason
 
-    def fused_forward(self, x: Tensor, own_input: bool = False) -> Tensor:
-        """`own_input`: nobody else holds x, so that inference may write the block's output over
-        it."""
+    def fused_forward(self, x: Tensor) -> Tensor:
+        return _marked(*self._fused(x, False, None))
+
+    def _fused(
+        self, x: Tensor, own_input: bool, largest: float | None
+    ) -> tuple[Tensor, float | None]:
+        """(z, a bound of |z| where it is known).
+
+        own_input: nobody else holds x, so that inference may write z over it. largest: a bound of
+        |x|, if known."""
         module: nn.Module = self  # type: ignore[assignment]
         spec = self._fastres.spec
         x = _cast_input(module, spec, x)
-        if folds(module, spec, x):
-            z = _folded_block(module, self._fastres, x, own_input)
-            if z is not None:
-                return z
+        reason = why_unfolded(module, spec, x)
+        if reason is None:
+            folded = _folded_block(module, self._fastres, x, own_input, largest)
+            if folded is not None:
+                return folded
+        else:
+            count_unfolded(reason)
         choice, _ = choice_of(self, x)
         rung = check_fusion(type(self).__name__, None if choice == plan.EAGER else choice, x)
-        return residual_block(x, *block_of(module, spec), rung)
+        return residual_block(x, *block_of(module, spec), rung), None
 
 
 def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
@@ -347,38 +296,41 @@ def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
     return x
 
 
-def _folded_block(module: nn.Module, fusion: Fusion, x: Tensor, own_input: bool) -> Tensor | None:
-    """The block on folded convs; None when a folded weight is not finite or not cacheable."""
+def _folded_block(
+    module: nn.Module, fusion: Fusion, x: Tensor, own_input: bool, largest: float | None
+) -> tuple[Tensor, float] | None:
+    """(z, a bound of |z|) on folded convs; None when they cannot be had, or x is too large."""
     spec = fusion.spec
 
-    def pack(pair: tuple[str, str], h: Tensor) -> inference.Packed | None:
-        return fusion.cache(pair[0]).get(child(module, pair[0]), child(module, pair[1]), h)
+    def in_shapes() -> list[inference.Shape]:
+        outs: list[inference.Shape] = []
+        check_block("residual_block", x, tuple(x.shape), *block_of(module, spec), outs)
+        main = [tuple(x.shape), *outs[: len(spec.units) - 1]]
+        return main if spec.shortcut is None else [*main, tuple(x.shape)]
 
-    h = x
-    for pair in spec.units[:-1]:
-        packed = pack(pair, h)
-        if packed is None:
-            return None
-        h = inference.conv(h, packed, relu=True)
-    last = pack(spec.units[-1], h)
-    if last is None:
+    add = "x" if spec.shortcut is None else "conv"
+    folded = fusion.cache.get(modules_of(module, spec), x, in_shapes, add)
+    bound = None if folded is None else inference.admit(x, largest, folded.bound)
+    if folded is None or bound is None:
         return None
-    residual = x
-    if spec.shortcut is not None:
-        packed = pack(spec.shortcut, x)
-        if packed is None:
-            return None
-        residual = inference.conv(x, packed, relu=False)
+    packs = folded.packs
+    residual = x if spec.shortcut is None else inference.conv(x, packs[-1], relu=False)
+    h, main = x, len(spec.units)
+    for packed in packs[: main - 1]:
+        h = inference.conv(h, packed, relu=True)
     inplace = spec.shortcut is not None or own_input
-    return inference.mark_finite(inference.conv_add_relu(h, last, residual, inplace))
+    return inference.conv_add_relu(h, packs[main - 1], residual, inplace), bound
 
 
-def has_hooks(module: Any) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+def _bypassable(module: Any) -> bool:
+    """Whether calling module is calling its class's forward: no hook, no forward of its own."""
+    return not has_hooks(module) and "forward" not in module.__dict__
 
 
-def run_blocks(layers: list[Any], x: Tensor, own_input: bool) -> Tensor:
-    """layers[-1](... layers[0](x)), each a Sequential of blocks.
+def run_blocks(
+    layers: list[Any], x: Tensor, own_input: bool, largest: float | None = None
+) -> Tensor:
+    """layers[-1](... layers[0](x)), each a Sequential of blocks. largest: a bound of |x|, if known.
 
     In inference a tensor that only passes from block to block is added to in place, which spares
     one pass over memory for every identity shortcut. A hook on a layer or a block sees tensors, so
@@ -387,35 +339,39 @@ def run_blocks(layers: list[Any], x: Tensor, own_input: bool) -> Tensor:
     for layer in layers:
         rung = _stage_rung(layer, x)
         if rung is not None:
-            x, own_input = _run_stage(list(layer), x, rung), False
+            x, own_input, largest = _run_stage(list(layer), x, rung), False, None
             continue
         watched = (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or type(layer) is not nn.Sequential
-            or has_hooks(layer)
+            or not _bypassable(layer)
         )
         if watched:
-            x, own_input = layer(x), False
+            x, own_input, largest = layer(_marked(x, largest)), False, None
             continue
         for block in layer:
             fused = (
                 isinstance(block, ResidualBlockMixin)
-                and not has_hooks(block)
+                and _bypassable(block)
                 and block._obstacle(x) is None
                 and choice_of(block, x)[0] != plan.EAGER
             )
             if fused:
-                x, own_input = block.fused_forward(x, own_input), True
+                (x, largest), own_input = block._fused(x, own_input, largest), True
             else:
-                x, own_input = block(x), False
+                x, own_input, largest = block(_marked(x, largest)), False, None
     return x
+
+
+def _marked(x: Tensor, largest: float | None) -> Tensor:
+    return x if largest is None else inference.mark(x, largest)
 
 
 def _stage_rung(layer: Any, x: Tensor) -> str | None:
     """The rung above b that was asked for on all blocks of a layer, if they are fused and
     unwatched; None when they do not run as one stage. (A plan chooses block by block.)"""
-    if type(layer) is not nn.Sequential or has_hooks(layer) or len(layer) == 0:
+    if type(layer) is not nn.Sequential or not _bypassable(layer) or len(layer) == 0:
         return None
     first: Any = layer[0]
     rung = first._fastres.rung if isinstance(first, ResidualBlockMixin) else None
@@ -424,7 +380,7 @@ def _stage_rung(layer: Any, x: Tensor) -> str | None:
     for block in layer:
         if not isinstance(block, ResidualBlockMixin) or block._fastres.rung != rung:
             return None
-        if has_hooks(block) or block._obstacle(x) is not None:
+        if not _bypassable(block) or block._obstacle(x) is not None:
             return None
     return rung
 
@@ -436,29 +392,55 @@ def _run_stage(blocks: list[Any], x: Tensor, rung: str) -> Tensor:
     return residual_stage(x, [block_of(b, b._fastres.spec) for b in blocks], rung)
 
 
-def stem_forward(module: nn.Module, fusion: Fusion, pool: str | None, x: Tensor) -> Tensor:
-    """maxpool(relu(bn(conv(x)))): the stem of a ResNet, `pool` the path of its max-pool, or
-    None."""
+def stem_forward(
+    module: nn.Module, fusion: Fusion, pool: str | None, x: Tensor, whole: bool = False
+) -> tuple[Tensor, float | None]:
+    """(z, a bound of |z| where it is known) of z = maxpool(relu(bn(conv(x)))): the stem of a
+    ResNet, `pool` the path of its max-pool, or None.
+
+    whole: only hooks see the tensors that follow; without any, inference chooses their layout."""
     spec = fusion.spec
     x = _cast_input(module, spec, x)
-    (pair,) = spec.units
-    conv, bn = child(module, pair[0]), child(module, pair[1])
+    ((conv, bn),) = modules_of(module, spec)
     window = None if pool is None else child(module, pool)
-    if folds(module, spec, x):
-        packed = fusion.cache(pair[0]).get(conv, bn, x)
-        if packed is not None:
-            z = inference.conv(x, packed, relu=True)
-            return inference.mark_finite(z if window is None else window(z))
+    op = "conv_bn_relu" if pool is None else "conv_bn_relu_maxpool"
+    reason = why_unfolded(module, spec, x)
+    if whole and reason == inference.NCHW and not _hooked_inside(module):
+        counters.count("inference: a batch of images copied to channels_last")
+        x, reason = x.contiguous(memory_format=torch.channels_last), None
+
+    def in_shapes() -> list[inference.Shape]:
+        shape = check_conv_bn(op, x, Conv.of(conv), BatchNorm.of(bn))
+        if window is not None:
+            check_window(op, shape, *_window_of(window))
+        return [tuple(x.shape)]
+
+    if reason is None:
+        folded = fusion.cache.get([(conv, bn)], x, in_shapes, "")
+        bound = None if folded is None else inference.admit(x, None, folded.bound)
+        if folded is not None and bound is not None:
+            z = inference.conv(x, folded.packs[0], relu=True)
+            return z if window is None else window(z), bound
+    else:
+        count_unfolded(reason)
     if window is None:
-        return conv_bn_relu(x, Conv.of(conv), BatchNorm.of(bn))
+        return conv_bn_relu(x, Conv.of(conv), BatchNorm.of(bn)), None
+    in_shapes()
     y = nn.functional.conv2d(
         x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
     )
+    return bn_relu_maxpool(y, BatchNorm.of(bn), *_window_of(window)), None
+
+
+def _hooked_inside(module: nn.Module) -> bool:
+    return any(has_hooks(m) for m in module.modules() if m is not module)
+
+
+def _window_of(pool: nn.MaxPool2d) -> tuple[int, int, int]:
     kernel, stride, padding = (
-        v[0] if isinstance(v, tuple) else v
-        for v in (window.kernel_size, window.stride, window.padding)
+        v[0] if isinstance(v, tuple) else v for v in (pool.kernel_size, pool.stride, pool.padding)
     )
-    return bn_relu_maxpool(y, BatchNorm.of(bn), kernel, stride, padding)
+    return kernel, stride, padding
 
 
 class StemMixin(FusedMixin):
@@ -468,10 +450,16 @@ class StemMixin(FusedMixin):
     pool: str | None = "maxpool"
 
     def fused_forward(self, x: Tensor) -> Tensor:
-        return stem_forward(self, self._fastres, self.pool, x)  # type: ignore[arg-type]
+        return _marked(*stem_forward(self, self._fastres, self.pool, x))  # type: ignore[arg-type]
+
+    def fused_network(self, x: Tensor, layers: list[Any]) -> Tensor:
+        """The stem, then layers of blocks, where nothing follows that depends on the strides."""
+        module: nn.Module = self  # type: ignore[assignment]
+        z, largest = stem_forward(module, self._fastres, self.pool, x, whole=True)
+        return run_blocks(layers, z, own_input=True, largest=largest)
 
 
-class ConvBNReLU(nn.Module):
+class ConvBNReLU(FusedMixin, nn.Module):
     """relu(batch_norm(conv2d(x))), trained as one fused node, folded and prepacked for CPU
     inference.
 
@@ -497,10 +485,10 @@ class ConvBNReLU(nn.Module):
         self._fastres = Fusion(Spec((("conv", "bn"),)))
 
     def forward(self, x: Tensor) -> Tensor:
-        reason = spec_obstacle(self, self._fastres.spec)
+        reason = self._obstacle(x)
         if reason is None:
-            return stem_forward(self, self._fastres, None, x)
-        counters.count(f"ConvBNReLU ran unfused: {reason}")
+            return _marked(*stem_forward(self, self._fastres, None, x))
+        self._leave(reason)
         return nn.functional.relu(self.bn(self.conv(x)))
 
 

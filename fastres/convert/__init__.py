@@ -140,7 +140,7 @@ def invalidate(model: nn.Module) -> None:
     for m in model.modules():
         fusion = m.__dict__.get("_fastres")
         if isinstance(fusion, Fusion):
-            fusion.caches.clear()
+            fusion.cache.clear()
 
 
 def _rejects(

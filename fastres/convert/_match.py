@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fastres.nn import FusedMixin, Spec, spec_obstacle
+from fastres._spec import Spec, forward_obstacle, remember_methods, spec_obstacle
+from fastres.nn import FusedMixin
 
 FAMILIES = ("fastres.convert.torchvision",)
 
@@ -55,7 +56,9 @@ def find(model: nn.Module) -> Iterator[tuple[str, nn.Module, Match | str]]:
         if matcher is not None:
             match = matcher(m)
             if isinstance(match, Match):
-                reason = spec_obstacle(m, match.spec)
+                kind, names = original_type(m), match.mixin.replaces  # type: ignore[attr-defined]
+                remember_methods(kind, *names)
+                reason = forward_obstacle(m, kind, names) or spec_obstacle(m, match.spec)
                 yield path, m, match if reason is None else reason
             else:
                 yield path, m, match

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from fastres import backends, counters, inference
-from fastres.nn import FusedMixin, child, spec_obstacle
+from fastres._layout import is_nhwc
+from fastres._spec import child, spec_obstacle
+from fastres.nn import FusedMixin
 from fastres.ops import Conv
 from fastres.ops._ladder import RUNGS, vendor_reason
 
@@ -91,6 +93,11 @@ def _backend(m: nn.Module) -> tuple[str, str]:
         reason = inference.usable(example)
         if reason is None:
             why += "; inference on prepacked oneDNN convs (channels_last)"
+            if any(w.dim() == 4 and not is_nhwc(w) for w in m.parameters()):
+                why += (
+                    "; the weights are NCHW: model.to(memory_format=torch.channels_last), and "
+                    "inputs likewise, is faster"
+                )
         else:
             why += f"; inference not folded: {reason}"
     return name, why

@@ -19,15 +19,19 @@ MODULE = "torchvision.models.resnet"
 class TorchvisionResNetMixin(StemMixin):
     """torchvision's ResNet._forward_impl with conv1, bn1, relu and maxpool as one fused step."""
 
+    replaces = ("forward", "_forward_impl")
+
     def _forward_impl(self, x: Tensor) -> Tensor:
         reason = self._obstacle(x)
         if reason is not None:
             self._leave(reason)
             return super()._forward_impl(x)  # type: ignore[misc]
         m: Any = self
-        fused = choice_of(self, x)[0] != plan.EAGER
-        x = self.fused_forward(x) if fused else plain_stem(self, x)
-        x = run_blocks([m.layer1, m.layer2, m.layer3, m.layer4], x, own_input=True)
+        layers = [m.layer1, m.layer2, m.layer3, m.layer4]
+        if choice_of(self, x)[0] == plan.EAGER:
+            x = run_blocks(layers, plain_stem(self, x), own_input=True)
+        else:
+            x = self.fused_network(x, layers)
         return m.fc(torch.flatten(m.avgpool(x), 1))
 
 
