@@ -87,6 +87,9 @@ def test_unknown_model_lists_the_accepted_ones(run):
         (["bench", "resnet18", "--weights", "no.pt"], "--weights: there is no file 'no.pt'"),
         (["bench", "resnet18", "--json", "no/x.json"], "the folder of 'no/x.json' does not exist"),
         (["bench", "resnet18", "--json", "."], "--json: '.' is a folder"),
+        # not by permissions, which root has
+        (["bench", "resnet18", "--json", "/proc/x.json"], "--json: cannot write '/proc/x.json'"),
+        (["bench", "resnet18", "--png", "x" * 300], "--png: cannot write 'xxx"),
         (["bench", "resnet18", "--what"], "unrecognized arguments: --what"),
     ],
 )

@@ -214,11 +214,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _output_path(text: str, option: str) -> str:
+    """The absolute path, where a file was found to be writable: the run takes minutes."""
     path = Path(text).expanduser().absolute()
-    if path.is_dir():
-        raise UsageError(f"argument {option}: '{text}' is a folder; a file name is needed")
-    if not path.parent.is_dir():
-        raise UsageError(f"argument {option}: the folder of '{text}' does not exist")
+    try:
+        if path.is_dir():
+            raise UsageError(f"argument {option}: '{text}' is a folder; a file name is needed")
+        if not path.parent.is_dir():
+            raise UsageError(f"argument {option}: the folder of '{text}' does not exist")
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as e:
+        raise UsageError(f"argument {option}: cannot write '{text}': {e.strerror}") from e
     return str(path)
 
 
