@@ -22,12 +22,24 @@ def run(command, **kwargs) -> str:
     return done.stdout
 
 
+def without_torch(folder: Path) -> dict[str, str]:
+    """An environment in which importing torch fails."""
+    stub = folder / "no" / "torch"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("raise ImportError('not for setup.py')")
+    return os.environ | {"PYTHONPATH": str(stub.parent)}
+
+
 @pytest.mark.slow
 def test_install_wheel_works_from_another_folder(tmp_path):
     """Built in the tree, so that the native build is incremental; build isolation is CI's job."""
     for needed in ("cmake", "ninja", "pybind11", "setuptools"):
         pytest.importorskip(needed)
-    run([*PIP, "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)], cwd=ROOT)
+    run(
+        [*PIP, "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)],
+        cwd=ROOT,
+        env=without_torch(tmp_path),
+    )
     wheel = next(tmp_path.glob("fastres-*.whl"))
     target = tmp_path / "site"
     run([*PIP, "install", "--no-deps", "--target", str(target), str(wheel)])
@@ -51,19 +63,29 @@ print(json.dumps([fastres.__file__, fastres.kernels.__file__, n.build_info()["cp
 
 
 @pytest.mark.slow
-def test_install_sdist_has_the_native_sources(tmp_path):
+def test_install_sdist_has_the_native_sources_and_the_tests(tmp_path):
     pytest.importorskip("setuptools")
     run([sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], cwd=ROOT)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
-    assert sources <= names, f"missing from the sdist: {sorted(sources - names)}"
+    sources |= {str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("*.py")}
+    assert {"tests/common.py", "tests/cases.py", "tests/conftest.py"} <= sources <= names, (
+        f"missing from the sdist: {sorted(sources - names)}"
+    )
     assert {"CMakeLists.txt", "kernels/__init__.py", "pyproject.toml"} <= names
 
 
-def test_install_setup_never_imports_torch():
-    text = (ROOT / "setup.py").read_text()
-    assert "import torch" not in text.replace("imports torch", "")
+def test_install_setup_never_imports_torch(tmp_path):
+    """torch cannot be imported here; the wheel's test builds the extension in the same way."""
+    env = without_torch(tmp_path)
+    probe = [sys.executable, "-c", "import torch"]
+    assert (
+        "not for setup.py" in subprocess.run(probe, env=env, capture_output=True, text=True).stderr
+    )
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path)]
+    run(command, cwd=ROOT, env=env)
+    assert (tmp_path / "fastres.egg-info" / "PKG-INFO").is_file()
 
 
 @pytest.mark.slow
