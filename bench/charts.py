@@ -1,0 +1,164 @@
+"""The charts of docs/benchmarks.md, each only where there are data for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastres.bench.chart import colour_of
+
+from .results import OURS, Result
+
+MODE_STYLE = {"inference": "-", "train": "--", "forward": ":"}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """name: of the file; draw: on one axis."""
+
+    name: str
+    title: str
+    height: float
+    draw: Callable[[Any], None]
+
+    def save(self, file: Path) -> None:
+        """The PNG: the same data and matplotlib give the same bytes."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axis = plt.subplots(layout="constrained", figsize=(8, self.height))
+        self.draw(axis)
+        axis.set_title(self.title, fontsize=11, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        figure.savefig(file, dpi=110, format="png", metadata={"Software": None})
+        plt.close(figure)
+
+
+def of(result: Result) -> list[Chart]:
+    """Those that the result has data for."""
+    if result.kind == "bench":
+        return _bench(result)
+    rows = result.rows()
+    networks = [row for row in rows if row["suite"] == "network"]
+    kernels = [row for row in rows if row["suite"] == "kernel" and row["percent_of_roofline"]]
+    found = []
+    if networks:
+        found.append(_throughput(networks))
+    if kernels:
+        found.append(_roofline(kernels))
+    trained = [row for row in networks if row["saved_ratio"]]
+    if trained:
+        found.append(_memory(trained))
+    lines = _by_batch(networks)
+    if lines:
+        found.append(_batches(lines))
+    return found
+
+
+def _bars(axis: Any, names: list[str], series: dict[str, list[float | None]], unit: str) -> None:
+    """Groups of horizontal bars: one group a name, one bar a series."""
+    width = 0.8 / len(series)
+    for i, (label, values) in enumerate(series.items()):
+        at = [y + (i - (len(series) - 1) / 2) * width for y in range(len(names))]
+        axis.barh(at, [v or 0 for v in values], width, label=label, color=colour_of(label))
+        for y, value in zip(at, values, strict=True):
+            if value:
+                axis.text(value, y, f" {value:,.3g}", va="center", fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(unit, fontsize=8)
+    if len(series) > 1:
+        axis.legend(fontsize=8, loc="lower right")
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['name']} {row['mode']} {row['dtype']} n{row['batch']}"
+
+
+def _throughput(rows: list[dict[str, Any]]) -> Chart:
+    others = dict.fromkeys(
+        b["name"] for row in rows for b in row["baselines"] if b["img_per_s"] is not None
+    )
+    series: dict[str, list[float | None]] = {}
+    for other in others:
+        series[other] = [
+            next((b["img_per_s"] for b in row["baselines"] if b["name"] == other), None)
+            for row in rows
+        ]
+    series[OURS] = [row["img_per_s"] for row in rows]
+
+    def draw(axis: Any) -> None:
+        _bars(axis, [_name(row) for row in rows], series, "images per second")
+        axis.set_xscale("log")
+
+    height = 1.2 + 0.12 * len(rows) * max(2, len(series))
+    return Chart("throughput", "Throughput by network, images per second", height, draw)
+
+
+def _roofline(rows: list[dict[str, Any]]) -> Chart:
+    names = [f"{row['name']} {row['shape']} {row['dtype']}" for row in rows]
+
+    def draw(axis: Any) -> None:
+        _bars(axis, names, {OURS: [row["percent_of_roofline"] for row in rows]}, "percent")
+        axis.axvline(100, color="#444444", linewidth=0.8)
+
+    return Chart("roofline", "Kernels in percent of roofline", 1.2 + 0.17 * len(rows), draw)
+
+
+def _memory(rows: list[dict[str, Any]]) -> Chart:
+    ours = [row["saved_bytes"] / 1e6 for row in rows]
+    eager = [row["saved_bytes"] / row["saved_ratio"] / 1e6 for row in rows]
+
+    def draw(axis: Any) -> None:
+        _bars(axis, [_name(row) for row in rows], {"eager": eager, OURS: ours}, "MB")
+
+    return Chart("memory", "Bytes kept for the backward, MB", 1.2 + 0.35 * len(rows), draw)
+
+
+def _by_batch(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, str]]]:
+    lines: dict[str, list[tuple[int, float, str]]] = {}
+    for row in rows:
+        ratio = next((b["ratio"] for b in row["baselines"] if b["name"] == "eager"), None)
+        if ratio is not None:
+            key = f"{row['name']} {row['mode']} {row['dtype']}"
+            lines.setdefault(key, []).append((row["batch"], ratio["median"], row["mode"]))
+    return {key: sorted(points) for key, points in lines.items() if len(points) > 1}
+
+
+def _batches(lines: dict[str, list[tuple[int, float, str]]]) -> Chart:
+    def draw(axis: Any) -> None:
+        for key, points in lines.items():
+            style = MODE_STYLE[points[0][2]]
+            axis.plot([p[0] for p in points], [p[1] for p in points], style, marker="o", label=key)
+        axis.axhline(1.0, color="#444444", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("batch", fontsize=8)
+        axis.set_ylabel("times eager", fontsize=8)
+        axis.legend(fontsize=7)
+
+    return Chart("batch", "Speed against eager by batch size", 3.6, draw)
+
+
+def _bench(result: Result) -> list[Chart]:
+    cases = [c for c in result.data["cases"] if any(v["img_per_s"] for v in c["variants"])]
+    if not cases:
+        return []
+    names = dict.fromkeys(v["name"] for c in cases for v in c["variants"] if v["img_per_s"])
+    series: dict[str, list[float | None]] = {
+        name: [
+            next((v["img_per_s"] for v in c["variants"] if v["name"] == name), None) for c in cases
+        ]
+        for name in names
+    }
+    options = result.data["options"]
+    title = f"{options['model']}, batch {options['batch']}: images per second"
+
+    def draw(axis: Any) -> None:
+        _bars(axis, [f"{c['dtype']} {c['mode']}" for c in cases], series, "images per second")
+
+    return [Chart("throughput", title, 1.2 + 0.17 * len(cases) * len(series), draw)]

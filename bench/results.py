@@ -1,0 +1,121 @@
+"""Reads result files: those of `fastres bench`, and of `pytest bench/ --benchmark-json`.
+
+The run-book's files under bench/results/gpu have schemas of their own, not known here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastres.bench.report import SCHEMA_VERSION as BENCH_VERSION
+from fastres.bench.stats import speed_ratios
+
+from .session import KIND
+from .session import SCHEMA_VERSION as SUITES_VERSION
+
+OURS = "fastres"
+
+
+class Unreadable(Exception):
+    """A file that is no result known here. str() is the reason, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """kind: "bench" (`fastres bench`) or "suites" (`pytest bench/`); data: the JSON as it is."""
+
+    kind: str
+    data: dict[str, Any]
+
+    @property
+    def command(self) -> str:
+        return str((self.data if self.kind == "bench" else self.data["fastres"])["command"])
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return (self.data if self.kind == "bench" else self.data["fastres"])["environment"]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The extra_info of each case of the suites, timed ones only."""
+        found = [b.get("extra_info", {}) for b in self.data["benchmarks"]]
+        return [row for row in found if row.get("seconds")]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster than a baseline, over the rounds of a run."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+def _version(found: Any, known: int, what: str) -> None:
+    if found != known:
+        raise Unreadable(f"is version {found} of {what}; this checkout reads version {known}")
+
+
+def load(path: Path) -> Result:
+    """The result in a file. Raises Unreadable."""
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Unreadable(f"is not JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict):
+        raise Unreadable(f"holds a JSON {type(data).__name__}, not an object")
+    own = data.get("fastres")
+    if isinstance(own, dict) and own.get("kind") == KIND and "benchmarks" in data:
+        _version(own.get("schema_version"), SUITES_VERSION, "the suites' results")
+        return _whole(Result("suites", data))
+    if "cases" in data and "verification" in data and "schema_version" in data:
+        _version(data["schema_version"], BENCH_VERSION, "fastres bench's results")
+        return _whole(Result("bench", data))
+    if "benchmarks" in data and "machine_info" in data:
+        raise Unreadable("is of pytest-benchmark, but not of this project's suites")
+    keys = ", ".join(sorted(map(str, data))[:4])
+    raise Unreadable(f"has a schema that is not known here (keys {keys}, ...)")
+
+
+def _whole(result: Result) -> Result:
+    """The result, when its parts can be read too."""
+    try:
+        _ = result.command, result.environment["cpu"], ratios(result)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Unreadable(f"is incomplete: {type(error).__name__} at {error}") from error
+    return result
+
+
+def bench_cases(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name of the case, case) of `fastres bench`."""
+    model = data["options"]["model"]
+    return [
+        (f"{model} {c['mode']} {c['dtype']} batch {c['batch']} {c['size']} px", c)
+        for c in data["cases"]
+    ]
+
+
+def ratios(result: Result) -> dict[tuple[str, str], Ratio | None]:
+    """(case, baseline) -> ratio within the run's rounds; None where fastres failed."""
+    found: dict[tuple[str, str], Ratio | None] = {}
+    if result.kind == "suites":
+        for row in result.rows():
+            name = row["id"] if row["batch"] == row["asked_batch"] else f"{row['id']} (halved)"
+            for base in row["baselines"]:
+                if base["ratio"] is not None:
+                    found[name, base["name"]] = Ratio(**base["ratio"])
+        return found
+    for name, case in bench_cases(result.data):
+        ours = next((v for v in case["variants"] if v["name"] == OURS), None)
+        for base in case["variants"]:
+            if ours is None or base is ours or not base["seconds"]:
+                continue
+            if len(ours["seconds"]) == len(base["seconds"]):
+                spread = speed_ratios(ours["seconds"], base["seconds"])
+                found[name, base["name"]] = Ratio(**spread.to_dict())
+            else:
+                found[name, base["name"]] = None
+    return found
