@@ -118,7 +118,19 @@ def positive(unit: str) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fastres bench`."""
-    parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="in a checkout: render docs/benchmarks.md from bench/results/, without MODEL",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("OLD", "NEW"),
+        help="in a checkout: compare two result files, without MODEL; exit code 1 when a case "
+        "got worse",
+    )
     what = parser.add_argument_group("what to run")
     what.add_argument(
         "--batch", type=at_least(1), default=8, metavar="N", help="images per step (default 8)"
@@ -232,6 +244,8 @@ def _output_path(text: str, option: str) -> str:
 
 def options_from(args: argparse.Namespace) -> Options:
     """Checked Options from parsed arguments, `device` still as given. Raises UsageError."""
+    if args.model is None:
+        raise UsageError("the following arguments are required: MODEL")
     model = check_model_name(args.model)
     images, weights = args.images, args.weights
     if images is not None:
