@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, counters, inference, plan
+from . import backends, counters, inference, plan, selfcheck
 from ._spec import (
     PLAIN,
     Spec,
@@ -120,12 +120,33 @@ def choice_of(module: Any, x: Tensor) -> tuple[str, str]:
     return known[1], known[2]
 
 
+def unproven(x: Tensor, *families: str) -> str | None:
+    """Why these families of kernels are not trusted on x's device; None when they are."""
+    if torch.compiler.is_compiling():
+        return None
+    for family in families:
+        reason = selfcheck.obstacle(x, family)
+        if reason is not None:
+            return reason
+    return None
+
+
+def checked_rung(op: str, rung: str | None, x: Tensor) -> str:
+    """check_fusion, and an error where the convs of an explicit rung failed their self-check."""
+    rung = check_fusion(op, rung, x)
+    reason = unproven(x, "convs") if RUNGS[rung].conv else None
+    if reason is not None:
+        raise backends.BackendError(f'{op}: fusion="{rung}" cannot run: {reason}')
+    return rung
+
+
 class FusedMixin:
     """A module whose forward is fused; mixed in front of the original class by `fused_class`."""
 
     original_class: type[nn.Module]
     fused_mixin: type
     replaces: tuple[str, ...] = ("forward",)  # the original's methods that the mixin stands in for
+    families: tuple[str, ...] = ("passes",)  # of kernels it uses: fastres.selfcheck
     _fastres: Fusion
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
@@ -149,7 +170,11 @@ class FusedMixin:
             for name in self.replaces:
                 if replaced(original, name):
                     return f"{original.__name__}.{name} was replaced"
-        return watcher(x) or spec_obstacle(self, self._fastres.spec)  # type: ignore[arg-type]
+        return (
+            watcher(x)
+            or spec_obstacle(self, self._fastres.spec)  # type: ignore[arg-type]
+            or unproven(x, *self.families)
+        )
 
     def _leave(self, reason: str) -> None:
         counters.count(f"{type(self).__name__} ran unfused: {reason}")
@@ -270,7 +295,7 @@ class ResidualBlockMixin(FusedMixin):
         else:
             count_unfolded(reason)
         choice, _ = choice_of(self, x)
-        rung = check_fusion(type(self).__name__, None if choice == plan.EAGER else choice, x)
+        rung = checked_rung(type(self).__name__, None if choice == plan.EAGER else choice, x)
         return residual_block(x, *block_of(module, spec), rung), None
 
 
@@ -388,7 +413,7 @@ def _stage_rung(layer: Any, x: Tensor) -> str | None:
 def _run_stage(blocks: list[Any], x: Tensor, rung: str) -> Tensor:
     first = blocks[0]
     x = _cast_input(first, first._fastres.spec, x)
-    check_fusion(type(first).__name__, rung, x)
+    checked_rung(type(first).__name__, rung, x)
     return residual_stage(x, [block_of(b, b._fastres.spec) for b in blocks], rung)
 
 
@@ -448,6 +473,7 @@ class StemMixin(FusedMixin):
     where it stands."""
 
     pool: str | None = "maxpool"
+    families = ("passes", "pool")
 
     def fused_forward(self, x: Tensor) -> Tensor:
         return _marked(*stem_forward(self, self._fastres, self.pool, x))  # type: ignore[arg-type]

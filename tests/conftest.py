@@ -16,6 +16,8 @@ import pytest  # noqa: E402
 
 # No user's plan decides what the tests run.
 os.environ["FASTRES_CACHE"] = tempfile.mkdtemp(prefix="fastres-tests-")
+# Tests break kernels on purpose; tests/test_selfcheck.py turns this on.
+os.environ["FASTRES_SELFCHECK"] = "0"
 
 import torch  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402

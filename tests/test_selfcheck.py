@@ -9,7 +9,9 @@ import pytest
 import torch
 from common import backend
 
-from fastres import plan, selfcheck
+import fastres
+from fastres import counters, plan, selfcheck
+from fastres.nn import FastBasicBlock
 
 CPU = torch.device("cpu")
 
@@ -17,6 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    monkeypatch.setattr(selfcheck, "ENABLED", True)
     plan.forget()
     selfcheck.forget()
     yield tmp_path
@@ -109,3 +112,38 @@ def test_a_corrupt_or_foreign_memory_is_not_trusted(cache, text, monkeypatch):
     runs = []
     monkeypatch.setattr(selfcheck, "run", lambda *args: runs.append(args))
     assert selfcheck.obstacle(torch.zeros(1, 8, 2, 2), "passes") is None and len(runs) == 1
+
+
+def block() -> FastBasicBlock:
+    torch.manual_seed(0)
+    return FastBasicBlock(8, 8)
+
+
+def test_a_module_whose_kernels_fail_runs_the_original(monkeypatch):
+    backend("cpu")
+    m, x = block(), torch.randn(2, 8, 5, 5)
+    with torch.no_grad():
+        want = m.relu(m.bn2(m.conv2(m.relu(m.bn1(m.conv1(x))))) + x)
+    monkeypatch.setattr(backend("cpu"), "bn_apply", lambda *args: None)
+    before = dict(counters.events())
+    assert torch.equal(m(x), want)
+    (event,) = counters.events().keys() - before.keys()
+    assert "FastBasicBlock ran unfused: the cpu kernels failed their self-check" in event
+
+
+def test_an_explicit_rung_whose_kernels_fail_is_an_error(monkeypatch):
+    backend("triton")
+    m = block()
+    m._fastres.rung = "c1"
+    verdict = selfcheck._verdict
+    monkeypatch.setattr(
+        selfcheck, "_verdict", lambda *a: "conv_fprop is off" if a[2] == "convs" else verdict(*a)
+    )
+    x = torch.randn(2, 8, 5, 5)
+    with fastres.use_backend("triton"), pytest.raises(fastres.BackendError, match="c1.*is off"):
+        m(x)
+
+
+def test_a_module_that_passes_runs_fused():
+    m, x = block(), torch.randn(2, 8, 5, 5, requires_grad=True)
+    assert type(m(x).grad_fn).__name__ == "_EagerNodeBackward"
