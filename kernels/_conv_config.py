@@ -136,10 +136,17 @@ def _gemm(
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 
 
+def _lean(arch: Arch) -> Arch:
+    """The same bytes in flight in fewer registers: spills in the loop else."""
+    return replace(arch, row_bytes=64, stages=4)
+
+
 def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
     arch = arch_of(x.device)
-    if arch.name == "sm_80" and not stats:  # the same bytes in flight, fewer registers
-        arch = replace(arch, row_bytes=64, stages=4)
+    if arch.name in ("sm_80", "sm_100") and not stats:
+        arch = replace(_lean(arch), block_n=min(arch.block_n, 64))
+    elif arch.name == "sm_100" and shortcut:  # a third buffer happens to need fewer registers
+        arch = replace(arch, stages=4)
     return _gemm(arch, geo, geo.rows, geo.k, geo.c, x.element_size(), 1 + shortcut, 0, stats)
 
 
@@ -147,6 +154,8 @@ def dgrad_config(geo, x, mode: str, epilogue: int) -> ConvConfig:
     """epilogue: tensors read there (dres, the previous raw y, the shortcut's)."""
     arch = arch_of(x.device)
     prologue = 2 if mode == "bn" else 1
+    if arch.name == "sm_100" and prologue == 1 and not geo.pointwise:
+        arch = _lean(arch)
     return _gemm(arch, geo, geo.rows, geo.c, geo.k, x.element_size(), prologue, epilogue, False)
 
 

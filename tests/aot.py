@@ -47,7 +47,8 @@ TABLE = Path(__file__).resolve().parent.parent / "bench/results/aot"
 class Record:
     """One compiled kernel. wide: global accesses of 16 bytes (loads, stores), a copy by descriptor
     (TMA) being one; narrow: all others; narrow_tile: those of `narrow` that move activations,
-    weights or gradients, not vectors of the channels, mask bytes or partial sums; matrix:
+    weights or gradients, not vectors of the channels, mask bytes or partial sums; local_in_loop:
+    accesses to the stack inside the loop of the dots (without dots: any loop); matrix:
     instruction -> count; dots: those that Triton lowers to matrix instructions, and to plain
     FMAs."""
 
@@ -64,6 +65,7 @@ class Record:
     programs: int  # an SM (CU) holds at once
     local: int  # bytes of stack; on gfx942 with the spilled vector registers
     local_accesses: int
+    local_in_loop: int
     wide: tuple[int, int]
     narrow: tuple[int, int]
     narrow_tile: tuple[int, int]
@@ -100,8 +102,13 @@ class Record:
     def problems(self) -> list[str]:
         """Where the kernel breaks its budget."""
         out = []
-        if self.local or self.local_accesses:
-            out.append(f"spills: {self.local} bytes of stack, {self.local_accesses} accesses")
+        # ptxas parks a few registers for the time of the loop where that lets one more program on
+        # the SM: 3 to 20 accesses a tile. More, or any in the loop, is a tile that is too large.
+        if self.local_in_loop or self.local > 32:
+            out.append(
+                f"spills: {self.local} bytes of stack, {self.local_accesses} accesses, "
+                f"{self.local_in_loop} in the loop"
+            )
         if self.shared > SHARED[self.target][0]:
             out.append(f"shared memory {self.shared} > {SHARED[self.target][0]}")
         if self.programs < 1:
@@ -338,6 +345,16 @@ def _dots(ttgir: str) -> tuple[int, int]:
     return matrix + len(own), len(layouts) - len(own)
 
 
+def _in_loop(local: list[int], instructions, labels, jumps, matrix: str) -> int:
+    """How many of the instructions `local` are in the innermost loops around matrix instructions,
+    or in any loop where there are none."""
+    loops = [(labels[to], at) for at, to in jumps if to in labels and labels[to] < at]
+    mma = [i for i, (op, _) in enumerate(instructions) if re.match(matrix, op)]
+    around = [[(a, b) for a, b in loops if a <= i < b] for i in mma]
+    main = {min(found, key=lambda r: r[1] - r[0]) for found in around if found}
+    return sum(any(a <= i < b for a, b in (main if mma else loops)) for i in local)
+
+
 def _read_cuda(compiled, pointers) -> dict:
     import triton
 
@@ -352,7 +369,7 @@ def _read_cuda(compiled, pointers) -> dict:
 
     usage = run("cuobjdump", "-res-usage")
     registers, stack = re.search(r"REG:(\d+).*?STACK:(\d+)", usage, re.S).groups()
-    instructions, frames, local, annotated = [], [], 0, False
+    instructions, frames, annotated, labels, jumps = [], [], False, {}, []
     for line in run("nvdisasm", "-gi", "-c").splitlines():
         if place := re.search(r'//## File "([^"]+)", line (\d+)', line):
             # innermost first, one line a frame
@@ -360,15 +377,21 @@ def _read_cuda(compiled, pointers) -> dict:
             annotated = True
         elif op := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z]\S*)", line):
             instructions.append((op[1], frames))
-            local += op[1].startswith(("LDL", "STL"))
             annotated = False
+            if target := re.search(r"BRA.*`\((\S+)\)", line):
+                jumps.append((len(instructions), target[1]))
+        elif label := re.match(r"(\.L\S*):", line):
+            labels[label[1]] = len(instructions)
+    matrix = r"HGMMA|HMMA|UTC\w*MMA"
+    local = [i for i, (op, _) in enumerate(instructions) if op.startswith(("LDL", "STL"))]
     return {
         "registers": int(registers),
         "local": int(stack),
-        "local_accesses": local,
+        "local_accesses": len(local),
+        "local_in_loop": _in_loop(local, instructions, labels, jumps, matrix),
         **_found(
             instructions, r"LDG\.|LDGSTS|UTMALDG", r"STG|UTMASTG", r"\.128|UTMA",
-            r"HGMMA|HMMA|UTC\w*MMA", pointers, compiled,
+            matrix, pointers, compiled,
         ),
     }  # fmt: skip
 
@@ -383,19 +406,24 @@ def _read_hip(compiled, pointers) -> dict:
     def field(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", asm).group(1))
 
-    instructions, frames, scratch = [], [], 0
+    instructions, frames, labels, jumps = [], [], {}, []
     for line in asm.splitlines():
         if re.match(r"\s+\.loc\s", line):
             chain = line.partition(";")[2]
             frames = [(m[1], int(m[2])) for m in re.finditer(r"([\w.]+\.py):(\d+):", chain)]
         elif op := re.match(r"\s+([a-z]\w+)", line):
             instructions.append((op[1], frames))
-            scratch += op[1].startswith(("scratch_load", "scratch_store"))
+            if target := re.match(r"\s+s_c?branch\w*\s+(\.LBB\w+)", line):
+                jumps.append((len(instructions), target[1]))
+        elif label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(instructions)
+    scratch = [i for i, (op, _) in enumerate(instructions) if re.match("scratch_(load|store)", op)]
     return {
         "registers": field("vgpr_count"),
         # Spilled scalar registers go to lanes of a vector register, not to memory.
         "local": field("vgpr_spill_count") + field("private_segment_fixed_size"),
-        "local_accesses": scratch,
+        "local_accesses": len(scratch),
+        "local_in_loop": _in_loop(scratch, instructions, labels, jumps, "v_mfma"),
         **_found(
             instructions, r"(global|buffer)_load_", r"(global|buffer)_store_", r"dwordx4",
             r"v_mfma", pointers, compiled,
@@ -407,8 +435,8 @@ def _read_hip(compiled, pointers) -> dict:
 
 _COLUMNS = [
     "kernel", "case", "dtype", "layout", "tile", "warps", "stages", "registers", "shared",
-    "programs", "local", "local_accesses", "wide", "narrow", "narrow_tile", "matrix", "dots",
-    "wide_wanted", "digest",
+    "programs", "local", "local_accesses", "local_in_loop", "wide", "narrow", "narrow_tile",
+    "matrix", "dots", "wide_wanted", "digest",
 ]  # fmt: skip
 
 
@@ -439,8 +467,10 @@ def read_table(path: Path) -> list[Record]:
     if not path.exists():
         return []
     table = json.loads(path.read_text())
+    if table["columns"] != _COLUMNS:  # of another time
+        return []
     return [
-        from_dict(dict(zip(table["columns"], row, strict=True), target=table["target"]))
+        from_dict(dict(zip(_COLUMNS, row, strict=True), target=table["target"]))
         for row in table["rows"]
     ]
 
