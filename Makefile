@@ -1,7 +1,7 @@
 # Everything a contributor runs. PYTHON is the interpreter that makes the virtual environments.
 PYTHON ?= python3
 
-.PHONY: install lint lint-style test test-min bench clean
+.PHONY: install lint lint-style test test-min bench gpu clean
 
 install:  ## into the current environment, with all development tools
 	pip install -e '.[test,dev]' -c constraints.txt
@@ -24,6 +24,9 @@ test-min:  ## the tests on the oldest supported torch, in a virtual environment 
 
 bench:
 	fastres bench resnet50
+
+gpu:  ## the run-book, docs/gpu.md; make gpu ARGS=--dry-run needs no GPU
+	python -m bench.gpu $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .venv-min fastres/_C*.so fastres/_build_info.json

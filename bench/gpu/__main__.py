@@ -1,0 +1,5 @@
+import sys
+
+from bench.gpu.main import main
+
+sys.exit(main())

@@ -1,0 +1,172 @@
+"""Stages `build`, `doctor`, `tests` and `sanitizer`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from bench.gpu.child import ROOT
+from bench.gpu.device import Device, table
+from bench.gpu.pool import parallel_workers
+from bench.gpu.record import Record
+
+TESTS = (
+    "test_conv.py", "test_bn_stats.py", "test_bn_apply.py", "test_bn_bwd.py", "test_add_relu.py",
+    "test_bn_relu_maxpool.py", "test_triton_cuts.py", "test_ladder.py", "test_fusion.py",
+    "test_graph.py",
+)  # fmt: skip
+ON_GPU = (
+    "triton or cuts or conv or fusion or graph or two_runs"  # the C++ kernels have no business here
+)
+DRY_TESTS = ("test_bn_stats.py", "test_bn_stats_fwd_uses_eps")
+# one test of each kernel family, on small shapes: a sanitizer slows a kernel 10 to 100 times
+SANITIZED = (
+    "test_bn_stats_fwd_matches_reference[triton-bf16-nhwc-2x35x7x7]",
+    "test_bn_apply_fwd_matches_reference[triton-bf16-nhwc-2x35x7x7-normalised]",
+    "test_bn_bwd_reduce_bwd_matches_reference[triton-bf16-nhwc-2x35x7x7-mask-normalised]",
+    "test_bn_bwd_apply_bwd_matches_reference[triton-bf16-nhwc-2x35x7x7-mask-normalised]",
+    "test_bn_relu_maxpool_bwd_matches_reference[triton-bf16-nhwc-2x35x7x7-k3s2p1]",
+    "test_fprop[bf16-3x3-odd-norm]", "test_fprop[bf16-1x1-norm]",
+    "test_fprop_writes_the_block_output[bf16-1x1-dual]",
+    "test_dgrad[bf16-3x3-s2-bn-True-none-recompute]", "test_wgrad[bf16-3x3-odd-bn-True-True]",
+    "test_bwd_pointwise[bf16-1x1-bn-False-mask-dual]",
+)  # fmt: skip
+TOOLS = (
+    ("memcheck", r"ERROR SUMMARY: (\d+) error"),
+    ("racecheck", r"RACECHECK SUMMARY: (\d+) hazard"),
+)
+
+
+def build(device: Device, record: Record) -> None:
+    """`pip install -e .` where fastres and its kernels cannot be imported."""
+    probe = [sys.executable, "-c", "import fastres._C, fastres.kernels"]
+    before = subprocess.run(probe, cwd=tempfile.gettempdir(), capture_output=True, text=True)
+    if before.returncode == 0 or device.dry:
+        state = "is installed" if before.returncode == 0 else "is not installed (dry run)"
+        record.set(installed=before.returncode == 0, ran=None)
+        table("build", ("what", "state"), [("fastres", state)])
+        return
+    argv = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps",
+            "--disable-pip-version-check", "-e", str(ROOT)]  # fmt: skip
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=record.time_left())
+    log = (done.stdout + done.stderr)[-4000:]
+    after = subprocess.run(probe, cwd=tempfile.gettempdir(), capture_output=True, text=True)
+    record.set(installed=after.returncode == 0, ran=argv, log=log)
+    if after.returncode != 0:
+        print(log)
+        reason = (after.stderr.strip().splitlines() or ["unknown"])[-1]
+        # the stages after this one need no C++ module, and find kernels/ in the checkout
+        raise RuntimeError(f"the installation failed; going on from the checkout: {reason}")
+    table("build", ("what", "state"), [("fastres", "installed")])
+
+
+def doctor(device: Device, record: Record) -> None:
+    from fastres import doctor as library
+
+    found = library.examine()
+    kernels = importlib.import_module("fastres.kernels")
+    missing = kernels.conv_missing(device.torch)
+    record.set(doctor=found, convolutions=missing or "have tiles for this device")
+    print(library.text(found))
+    rows = [(name, why or "on") for name, why in found["backends"].items()]
+    table("doctor", ("backend", "state"), [*rows, ("convolutions", missing or "on")])
+
+
+def tests(device: Device, record: Record) -> None:
+    """pytest; outcomes are counted from a log that survives a time limit."""
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_log", "--tb=short",
+            "-p", "no:cacheprovider"]  # fmt: skip
+    if device.dry:
+        argv += ["-k", f"{DRY_TESTS[1]} and triton", str(ROOT / "tests" / DRY_TESTS[0])]
+    else:
+        argv += ["-k", ON_GPU, *(str(ROOT / "tests" / t) for t in TESTS)]
+        if importlib.util.find_spec("xdist") is not None:
+            # compiling is what takes the time
+            argv += ["-n", str(parallel_workers(False, 14)), "--max-worker-restart", "50"]
+        else:
+            record.note("pytest-xdist is not installed: one process, most will not be reached")
+    record.set(ran=" ".join(argv[1:]))
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        env = {**os.environ, "FASTRES_TEST_LOG": str(log)}
+        process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.STDOUT)  # fmt: skip
+        try:
+            code = process.wait(max(record.time_left(), 1))
+        except subprocess.TimeoutExpired:
+            code = None
+            record.note("stopped by its time limit: what ran until then counts")
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(5)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+        lines = log.read_text().splitlines() if log.exists() else []
+    outcomes: dict[str, Counter] = {}
+    for line in lines:
+        found = json.loads(line)
+        file, _, test = found["test"].partition("::")
+        outcomes.setdefault(Path(file).name, Counter())[found["outcome"]] += 1
+        if found["outcome"] == "failed":
+            record.add(test=f"{Path(file).name}::{test}", error=found["error"])
+    record.set(outcomes={k: dict(v) for k, v in outcomes.items()}, exit_code=code)
+    kinds = ("passed", "failed", "skipped")
+    rows = [(name, *(c[k] for k in kinds)) for name, c in sorted(outcomes.items())]
+    total = sum(outcomes.values(), Counter())
+    for row in record.rows[:30]:
+        print(f"  FAILED {row['test']}: {row['error'][:160]}")
+    table("tests", ("file", *kinds), [*rows, ("all", *(total[k] for k in kinds))])
+    if total["failed"] or not total["passed"]:
+        raise RuntimeError(f"{total['failed']} failed, {total['passed']} passed")
+
+
+def sanitizer(device: Device, record: Record) -> None:
+    """memcheck and racecheck over one test of each kernel family."""
+    tool = shutil.which("compute-sanitizer") or next(
+        (str(p) for p in Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
+    )
+    if tool is None or device.dry:
+        record.note("compute-sanitizer: " + ("a dry run has no GPU" if device.dry else "not found"))
+        table("sanitizer", ("tool", "state"), [("compute-sanitizer", "not run")])
+        return
+    rows = []
+    wanted = " or ".join(sorted({t.partition("[")[0] for t in SANITIZED}))
+    files = [str(ROOT / "tests" / t) for t in TESTS[:6]]
+    for name, pattern in TOOLS:
+        if record.time_left() < 10:
+            rows.append((name, None, "no time left"))
+            continue
+        argv = [tool, "--tool", name, "--target-processes", "all", "--error-exitcode", "99",
+                sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_log", "-p",
+                "no:cacheprovider", "-k", wanted, *files]  # fmt: skip
+        env = {**os.environ, "FASTRES_TEST_ONLY": json.dumps(SANITIZED),
+               "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # fmt: skip
+        limit = record.time_left() / (2 if name == "memcheck" else 1)
+        try:
+            done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True,
+                                  timeout=limit)  # fmt: skip
+            text, code = done.stdout + done.stderr, done.returncode
+        except subprocess.TimeoutExpired as error:
+            text, code = (error.stdout or b"").decode(errors="replace"), None
+        found = re.findall(pattern, text)
+        refused = re.search(r"(Device not supported|Unable to find|not supported)", text)
+        count = sum(map(int, found)) if found else None
+        state = f"exit code {code}" if code is not None else "stopped by its time limit"
+        if refused and count is None:
+            state = f"the tool refuses: {refused.group(1)}"
+        rows.append((name, count, state))
+        record.add(tool=name, errors=count, state=state, tail=text[-3000:])
+    table("sanitizer", ("tool", "errors", "state"), rows)
+    if any(count for _, count, _ in rows):
+        raise RuntimeError("; ".join(f"{name}: {count} errors" for name, count, _ in rows if count))

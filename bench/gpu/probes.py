@@ -1,0 +1,180 @@
+"""Stages `cudnn` (what cuDNN's fused graphs take, and how fast) and `tune`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.gpu.device import Device, one_line, ratio, summary, table, take_turns
+from bench.gpu.kernels import ROUNDS, SHOT_SECONDS
+from bench.gpu.networks import DRY_SIZE, SIZE, network
+from bench.gpu.record import Record
+
+FORMS = ("conv", "conv+genstats", "scale-bias-relu-conv+genstats", "conv+scale-bias-relu")
+
+
+def conv_shapes(dry: bool) -> list[Any]:
+    """The convolutions of ResNet-50, each once."""
+    from fastres import roofline
+
+    net = network("resnet50", dry).to("meta")
+    shape = (2, 3, DRY_SIZE, DRY_SIZE) if dry else (256, 3, SIZE, SIZE)
+    kernels = roofline.model(net, shape, "bf16", "a").kernels
+    return list(dict.fromkeys(k.shape for k in kernels if k.shape is not None))
+
+
+def frontend() -> tuple[Any, str | None]:
+    """(the module, None) or (None, why not)."""
+    try:
+        import cudnn
+    except Exception as error:  # a missing libcudnn raises what it likes
+        return None, f"nvidia-cudnn-frontend cannot be imported: {one_line(error)}"
+    return cudnn, None
+
+
+def build_graph(cudnn: Any, handle: Any, form: str, s: Any, dtype: torch.dtype) -> Callable:
+    """A call that runs `form` on fresh tensors of shape s; raises when cuDNN has no engine."""
+    kind = cudnn.data_type.BFLOAT16 if dtype == torch.bfloat16 else cudnn.data_type.HALF
+    float32 = cudnn.data_type.FLOAT
+    graph = cudnn.pygraph(
+        io_data_type=kind, intermediate_data_type=float32, compute_data_type=float32, handle=handle
+    )
+
+    def activation(*size: int) -> torch.Tensor:
+        t = torch.randn(size, device="cuda").to(dtype)
+        return t.contiguous(memory_format=torch.channels_last)
+
+    def vector(n: int) -> torch.Tensor:
+        return torch.rand(1, n, 1, 1, device="cuda").to(dtype)
+
+    def declare(t: torch.Tensor, name: str) -> Any:
+        return graph.tensor(name=name, dim=list(t.shape), stride=list(t.stride()), data_type=kind)
+
+    pack: dict[Any, torch.Tensor] = {}
+
+    def given(t: torch.Tensor, name: str) -> Any:
+        node = declare(t, name)
+        pack[node] = t
+        return node
+
+    image = given(activation(*s.x), "x")
+    weight = given(activation(s.K, s.C, s.R, s.S), "w")
+    if form.startswith("scale-bias-relu"):
+        scaled = graph.scale(input=image, scale=given(vector(s.C), "scale"))
+        image = graph.relu(input=graph.bias(input=scaled, bias=given(vector(s.C), "bias")))
+    y = graph.conv_fprop(
+        image=image, weight=weight, padding=list(s.padding), stride=list(s.stride),
+        dilation=list(s.dilation),
+    )  # fmt: skip
+    y.set_data_type(kind)
+    if form.endswith("genstats"):
+        for node in graph.genstats(input=y):
+            node.set_output(True).set_data_type(float32)
+            pack[node] = torch.empty(1, s.K, 1, 1, device="cuda")
+    if form.endswith("scale-bias-relu"):
+        scaled = graph.scale(input=y, scale=given(vector(s.K), "oscale"))
+        y = graph.relu(input=graph.bias(input=scaled, bias=given(vector(s.K), "obias")))
+        y.set_data_type(kind)
+    y.set_output(True)
+    pack[y] = activation(*s.y)
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
+    graph.check_support()
+    graph.build_plans()
+    space = torch.empty(max(graph.get_workspace_size(), 1), dtype=torch.uint8, device="cuda")
+
+    def run() -> None:
+        cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+        graph.execute(pack, space, handle=handle)
+
+    return run
+
+
+def cudnn(device: Device, record: Record) -> None:
+    """Which forms cuDNN's graph API takes on this card, by shape and dtype, and how long each
+    takes beside its bare convolution."""
+    module, why = frontend()
+    shapes = conv_shapes(device.dry)
+    record.set(forms=FORMS, shapes=len(shapes))
+    if why is None and device.dry:
+        why = "a dry run has no GPU"
+    if why is not None:
+        record.note(f"not measured: {why}")
+        table("cudnn", ("shapes", "state"), [(len(shapes), "not measured")])
+        return
+    handle = module.create_handle()
+    record.set(versions={"cudnn": module.backend_version(), "frontend": module.__version__})
+    totals: dict[tuple[str, str], list[Any]] = {}
+    for s in shapes:
+        for dtype in (torch.bfloat16, torch.float16):
+            name = str(dtype).removeprefix("torch.")
+            shots, reasons = {}, {}
+            for form in FORMS:
+                if record.time_left() < 0:
+                    reasons[form] = "no time left"
+                    continue
+                try:
+                    call = build_graph(module, handle, form, s, dtype)
+                    shots[form] = device.timer.shot([call], SHOT_SECONDS, graph=False)
+                except Exception as error:
+                    reasons[form] = one_line(error)
+                    if device.broken() is not None:
+                        raise
+            times = take_turns(shots, ROUNDS, record.time_left)
+            for form in FORMS:
+                row: dict[str, Any] = {"form": form, "dtype": name, "shape": vars(s)}
+                if form in times:
+                    row |= {"supported": True, **summary(times[form])}
+                    if "conv" in times:
+                        row["against conv"] = ratio(times[form], times["conv"])
+                else:
+                    row |= {"supported": False, "reason": reasons.get(form)}
+                record.add(**row)
+                totals.setdefault((form, name), []).append(row)
+            device.empty()
+    lines = []
+    for (form, name), rows in totals.items():
+        good = [r for r in rows if r["supported"]]
+        down = [r for r in rows if r["shape"]["R"] == 3 and r["shape"]["stride"][0] == 2]
+        ratios = [r["against conv"]["x"] for r in good if "against conv" in r]
+        lines.append((
+            form, name, f"{len(good)}/{len(rows)}",
+            f"{sum(r['supported'] for r in down)}/{len(down)}",
+            1 / statistics.median(ratios) if ratios else None,
+        ))  # fmt: skip
+    table("cudnn", ("form", "dtype", "shapes", "3x3 stride 2", "time / bare conv"), lines)
+
+
+def tune(device: Device, record: Record) -> None:
+    """fastres.tune on a ResNet-50's blocks in training; the choices are the stage's result."""
+    import fastres
+
+    if not hasattr(fastres, "tune"):
+        record.note("fastres.tune does not exist in this version")
+        return
+    import os
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as cache:  # the user's own cache stays as it is
+        os.environ["FASTRES_CACHE"] = cache
+        net = network("resnet50", device.dry).to(device.torch)
+        net = fastres.convert(net.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        size = DRY_SIZE if device.dry else SIZE
+        x = torch.randn(2 if device.dry else 256, 3, size, size, device=device.torch)
+        x = x.contiguous(memory_format=torch.channels_last)
+        seconds = 0.2 if device.dry else max(5.0, 0.3 * record.time_left())
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            found = fastres.tune(net, x, modes=("training",), seconds=seconds)
+        lines = []
+        for key, entry in found.entries.items():
+            times = {k: float(v) for k, v in entry.milliseconds.items()}
+            row = record.add(block=str(key.block), shape=list(key.shape), dtype=key.dtype,
+                             mode=key.mode, choice=entry.choice, ratio=entry.ratio, ms=times,
+                             rejected=dict(entry.rejected))  # fmt: skip
+            where = "x".join(map(str, row["shape"]))
+            lines.append((where, row["choice"], row["ratio"], len(row["rejected"])))
+    table("tune: ResNet-50's blocks", ("input", "choice", "x eager", "rejected"), lines)

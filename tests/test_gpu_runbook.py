@@ -1,0 +1,219 @@
+"""The GPU run-book on the CPU: every stage in a dry run, failures, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import main as runbook
+from bench.gpu import record
+from bench.gpu.stages import NAMES, STAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="process groups")
+
+
+def run(*args: str, fail: str = "") -> subprocess.CompletedProcess:
+    env = {**os.environ, "FASTRES_GPU_TEST_FAIL": fail}
+    env.pop("OUT", None)
+    argv = [sys.executable, "-m", "bench.gpu", *args]
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+def state(out: Path) -> dict:
+    return json.loads((out / "state.json").read_text())["stages"]
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """One dry run of everything."""
+    out = tmp_path_factory.mktemp("gpu") / "out"
+    return out, run("--dry-run", "--out", str(out))
+
+
+@pytest.mark.slow
+def test_every_stage_runs_without_a_gpu(dry):
+    out, done = dry
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert {k: v["status"] for k, v in state(out).items()} == dict.fromkeys(NAMES, "done")
+    assert "stage       status        seconds" in done.stdout
+
+
+@pytest.mark.slow
+def test_files_are_few_small_and_carry_their_machine(dry):
+    out, _ = dry
+    files = [p for p in out.rglob("*")]
+    assert len(files) <= 8 and all(p.parent == out for p in files)
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", p.name) for p in files)
+    assert sum(p.stat().st_size for p in files) < 16 << 20
+    for stage in STAGES:
+        whole = json.loads((out / f"{stage.group}.json").read_text())
+        assert (whole["schema"], whole["kind"]) == (record.SCHEMA, "fastres-gpu")
+        found = whole["stages"][stage.name]
+        assert found["status"] == "done" and found["dry_run"] is True
+        assert found["command"] == f"python -m bench.gpu --stages {stage.name} --dry-run"
+        env = found["environment"]
+        assert {"date", "commit", "torch", "cuda", "triton", "device", "python"} <= set(env)
+
+
+@pytest.mark.slow
+def test_kernels_are_checked_timed_and_measured_against_the_roofline(dry):
+    out, _ = dry
+    rows = json.loads((out / "kernels.json").read_text())["stages"]["kernels"]["rows"]
+    ops = {row["op"] for row in rows}
+    assert {"fprop", "dgrad", "wgrad", "dgrad_wgrad", "backward", "bn_stats", "bn_apply"} <= ops
+    for row in rows:
+        for name, verdict in row["checks"].items():
+            assert verdict["ok"] or "not supported" in verdict["error"], (row["case"], name)
+        for variant in row["variants"].values():
+            assert 0 < variant["us_q1"] <= variant["us"] <= variant["us_q3"]
+    fused = [r["variants"]["fused"] for r in rows if "fused" in r["variants"]]
+    assert all(v["bytes"] > 0 and v["flops"] > 0 and v["percent"] > 0 for v in fused)
+    decided = [r for r in rows if r["op"] == "backward"]
+    assert decided and all({"b", "c1", "c2"} <= set(r["variants"]) for r in decided)
+    assert all(set(r["variants"]["c2"]["against"]) == {"b"} for r in decided)
+
+
+@pytest.mark.slow
+def test_networks_are_timed_eagerly_and_as_graphs(dry):
+    out, _ = dry
+    rows = json.loads((out / "train.json").read_text())["stages"]["train"]["rows"]
+    names = {r["variant"] for r in rows if r["status"] == "ok"}
+    assert {"eager bf16", "eager bf16 +graph", "fastres b", "fastres b +graph"} <= names
+    assert all(r["img/s"] > 0 and "eager bf16" in r["against"] for r in rows)
+    memory = json.loads((out / "inference.json").read_text())["stages"]["memory"]["rows"]
+    assert memory[1]["variant"] == "fastres b" and memory[1]["saved"] < memory[0]["saved"]
+
+
+@pytest.mark.parametrize("how, error", [("raise", "asked to fail"), ("crash", "SIGSEGV")])
+def test_a_failing_stage_does_not_stop_the_rest_and_resume_repeats_only_it(tmp_path, how, error):
+    out = tmp_path / "out"
+    args = ("--dry-run", "--out", str(out), "--stages", "build,doctor")
+    done = run(*args, fail=f"build:{how}")
+    assert done.returncode == 1
+    assert [state(out)[s]["status"] for s in ("build", "doctor")] == ["failed", "done"]
+    assert error in state(out)["build"]["error"]
+    assert json.loads((out / "checks.json").read_text())["stages"]["build"]["status"] == "failed"
+    before = state(out)["doctor"]
+    again = run(*args)
+    assert again.returncode == 2 and "has results already; --resume" in again.stderr
+    resumed = run(*args, "--resume")
+    assert resumed.returncode == 0 and "== doctor: done before" in resumed.stdout
+    assert state(out)["build"]["status"] == "done" and state(out)["doctor"] == before
+
+
+def test_a_hanging_stage_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRES_GPU_TEST_FAIL", "doctor:hang")
+    monkeypatch.setattr(runbook, "DRY_LIMIT", 25)
+    monkeypatch.setattr(runbook, "GRACE", 0.5)
+    out = tmp_path / "out"
+    code = runbook.main(["--dry-run", "--out", str(out), "--stages", "doctor"])
+    assert code == 1
+    assert state(out)["doctor"]["status"] == "timeout"
+    assert json.loads((out / "checks.json").read_text())["stages"]["doctor"]["status"] == "timeout"
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    out = tmp_path / "out"
+    argv = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(out)]
+    env = {**os.environ, "FASTRES_GPU_TEST_FAIL": ""}
+    process = subprocess.Popen(
+        [*argv, "--stages", "doctor,kernels"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 120
+    while not (out / "kernels.json").exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert state(out)["doctor"]["status"] == "done"
+    assert state(out)["kernels"]["status"] == "interrupted"
+    kernels = json.loads((out / "kernels.json").read_text())["stages"]["kernels"]
+    assert kernels["status"] == "interrupted" and kernels["environment"]["torch"]
+
+
+def test_a_spent_budget_is_said(tmp_path, capsys):
+    args = ["--dry-run", "--out", str(tmp_path), "--stages", "build,doctor", "--budget", "0.1"]
+    assert runbook.main(args) == 1
+    assert capsys.readouterr().out.count("the budget is spent") == 2
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--stages", "kernel"], r"unknown stage 'kernel'; known: build, doctor, tests, kernels"),
+    (["--stages", ","], r"no stage; known: build"),
+    (["--budget", "0", "--dry-run"], r"argument --budget: must be positive, got 0"),
+    (["--out", __file__, "--dry-run"], r"is not a folder"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(args, message, capsys):
+    assert runbook.main(args) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+def test_no_gpu_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runbook.main(["--out", str(tmp_path / "out")]) == 2
+    assert re.search(r"no GPU: .*--dry-run runs every stage", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_is_not_resumed_as_a_real_one(tmp_path, capsys, monkeypatch):
+    (tmp_path / "state.json").write_text(json.dumps({"schema": 1, "dry_run": True, "stages": {}}))
+    monkeypatch.setattr(runbook, "no_gpu", lambda: None)
+    assert runbook.main(["--out", str(tmp_path), "--resume"]) == 2
+    assert "mixes a dry run with a real one" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert runbook.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(NAMES)
+    assert all(s.limit <= 480 for s in STAGES)
+    assert len({s.group for s in STAGES}) + 1 <= 8
+
+
+def test_a_wrong_result_is_named_and_not_ok():
+    import torch
+
+    from bench.gpu.kernels import judge
+
+    want = torch.randn(8, 8)
+    assert judge({"y": (want.clone(), want)})["ok"]
+    for bad in (want * 1.1, torch.full_like(want, float("nan"))):
+        verdict = judge({"y": (bad, want)})
+        assert not verdict["ok"] and verdict["error"].startswith("wrong: y: rms error")
+
+
+def test_a_job_that_crashes_costs_itself_only(monkeypatch):
+    from bench.gpu import pool
+
+    code = (
+        "import sys, json, os\n"
+        "for line in sys.stdin:\n"
+        "    name = json.loads(line)\n"
+        "    if name == 'crash': os.abort()\n"
+        "    if name == 'hang': import time; time.sleep(60)\n"
+        "    print(json.dumps({'name': name, 'ok': True}), flush=True)\n"
+    )
+
+    def start(self, stage, dry):
+        argv = [sys.executable, "-c", code]
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.buffer = b""
+
+    monkeypatch.setattr(pool._Worker, "__init__", start)
+    names = ["a", "crash", "b", "hang", "c"]
+    found = pool.run_jobs("kernels", names, True, 1, 3.0, 60.0)
+    assert [found[n]["ok"] for n in names] == [True, False, True, False, True]
+    assert found["crash"]["error"] == "its process died: SIGABRT"
+    assert found["hang"]["error"] == "no answer within 3 s"
+    assert "no time left" in pool.run_jobs("kernels", ["a"], True, 1, 3.0, 0.0)["a"]["error"]
