@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,9 +33,12 @@ from torch import Tensor, nn
 from . import counters
 from ._layout import is_nhwc
 
-# (dtype, input shape) variants of one module. oneDNN chooses its weight layout by the input's
-# shape, and running on another one's costs up to 100x; a server that batches 1 to 8 needs 8.
+# (dtype, input shape) variants of one module that are packed. oneDNN chooses its weight layout by
+# the input's shape, and running on another one's costs up to 100x; a server that batches 1 to 8
+# needs 8. What comes beyond runs on folded weights in torch's layout, which oneDNN reorders in
+# every call, as it does in eager mode; what keeps coming takes the least recently used one's place.
 PACKS_KEPT = 8
+CALLS_TO_REPLACE = 4
 LIMIT = 1e37  # of 3.4e38, the largest fp32 and bf16: the rest is for rounding
 _MARK = "_fastres_bound"
 NCHW = "the input is not channels_last"
@@ -45,7 +48,7 @@ Shape = tuple[int, ...]
 
 
 class Packed(NamedTuple):
-    """A folded conv ready to run: oneDNN's own weight layout, fp32 bias.
+    """A folded conv ready to run: the weight in oneDNN's own layout or torch's, fp32 bias.
 
     add_bias: the bias in the activation's dtype, which oneDNN's form with a residual asks for."""
 
@@ -120,6 +123,7 @@ class Cache:
         self._weights: list[tuple[Tensor, Tensor]] = []
         self._bound: Bound | None = None
         self._variants: OrderedDict[tuple, Folded] = OrderedDict()
+        self._waiting: Counter[tuple] = Counter()
 
     def get(
         self, pairs: Sequence[Pair], x: Tensor, in_shapes: Callable[[], list[Shape]], add: str
@@ -144,28 +148,47 @@ class Cache:
             key = (x.dtype, x.shape)
             folded = self._variants.get(key)
             if folded is None:
-                folded = self._variants[key] = self._fold(pairs, x, in_shapes(), add)
-                if len(self._variants) > PACKS_KEPT:
-                    self._variants.popitem(last=False)
-                    counters.count(
-                        f"inference: more than {PACKS_KEPT} input shapes, the weights packed for "
-                        "the oldest were dropped"
-                    )
-            else:
-                self._variants.move_to_end(key)
+                return self._add(key, pairs, in_shapes(), add)
+            self._variants.move_to_end(key)
             return folded
 
+    def _add(self, key: tuple, pairs: Sequence[Pair], shapes: list[Shape], add: str) -> Folded:
+        """Fold for a variant that is not held; hold it if there is room, or if it keeps coming."""
+        if len(self._variants) >= PACKS_KEPT:
+            if len(self._waiting) > 8 * PACKS_KEPT:
+                self._waiting.clear()
+            self._waiting[key] += 1
+            if self._waiting[key] < CALLS_TO_REPLACE:
+                counters.count(
+                    f"inference: more than {PACKS_KEPT} input shapes, the weights of another were "
+                    "not packed"
+                )
+                return self._fold(pairs, key[0], None, add)
+            del self._waiting[key]
+            self._variants.popitem(last=False)
+        folded = self._variants[key] = self._fold(pairs, key[0], shapes, add)
+        return folded
+
     @torch.no_grad()
-    def _fold(self, pairs: Sequence[Pair], x: Tensor, shapes: list[Shape], add: str) -> Folded:
+    def _fold(
+        self, pairs: Sequence[Pair], dtype: torch.dtype, shapes: list[Shape] | None, add: str
+    ) -> Folded:
+        """shapes: what to pack for; None: not packed."""
         weights = self._weights or [fold(*pair) for pair in pairs]
         if self._bound is None:
             self._bound = bound(pairs, weights, add)
         else:  # a second variant: more may come, and fold no more
             self._weights = weights
-        return Folded(
-            [pack(c, *w, x.dtype, s) for (c, _), w, s in zip(pairs, weights, shapes, strict=True)],
-            self._bound,
-        )
+        packs = []
+        for i, ((c, _), (weight, shift)) in enumerate(zip(pairs, weights, strict=True)):
+            geometry = ([*c.padding], [*c.stride], [*c.dilation], c.groups)
+            weight = weight.to(dtype)
+            if shapes is not None:
+                weight = torch.ops.mkldnn._reorder_convolution_weight(
+                    weight, *geometry, list(shapes[i])
+                )
+            packs.append(Packed(weight, shift, shift.to(dtype), *geometry))
+        return Folded(packs, self._bound)
 
 
 def _get(m: nn.Module, name: str) -> Tensor | None:
@@ -202,13 +225,6 @@ def fold(c: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         shift = shift + bn.bias.float()
     weight = c.weight.float() * scale.view(-1, 1, 1, 1)
     return weight.contiguous(memory_format=torch.channels_last), shift
-
-
-def pack(c: nn.Conv2d, weight: Tensor, shift: Tensor, dtype: torch.dtype, shape: Shape) -> Packed:
-    """Folded weights in oneDNN's layout for inputs of this dtype and shape."""
-    geometry = ([*c.padding], [*c.stride], [*c.dilation], c.groups)
-    packed = torch.ops.mkldnn._reorder_convolution_weight(weight.to(dtype), *geometry, list(shape))
-    return Packed(packed, shift, shift.to(dtype), *geometry)
 
 
 def bound(pairs: Sequence[Pair], weights: list[tuple[Tensor, Tensor]], add: str) -> Bound:

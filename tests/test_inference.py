@@ -156,17 +156,27 @@ def test_many_shapes_are_folded_once_and_packed_within_bounds(monkeypatch) -> No
     folds = []
     fold = inference.fold
     monkeypatch.setattr(inference, "fold", lambda c, bn: folds.append(c) or fold(c, bn))
-    sizes = [32 + 4 * i for i in range(inference.PACKS_KEPT + 2)]
+    kept, calls = inference.PACKS_KEPT, inference.CALLS_TO_REPLACE
+    sizes = [32 + 4 * i for i in range(kept + 2)]
     counters.reset()
+
+    def run(size: int) -> None:
+        x = batch(1, size)
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-3, atol=1e-4)
+
+    def packed(size: int) -> bool:
+        return (torch.float32, (1, 3, size, size)) in fused._fastres.cache._variants
+
     with torch.no_grad():
-        for size in sizes * 2:
-            x = batch(1, size)
-            torch.testing.assert_close(fused(x), plain(x), rtol=1e-3, atol=1e-4)
-    assert len(fused._fastres.cache) == inference.PACKS_KEPT
+        for size in sizes * (calls - 1):
+            run(size)
+        assert [packed(size) for size in sizes] == [True] * kept + [False] * 2
+        assert "were not packed" in str(counters.events())
+        run(sizes[-1])  # it keeps coming
+        assert packed(sizes[-1]) and not packed(sizes[0])
+        assert len(fused._fastres.cache) == kept
     # once for the first shape, once to keep what more shapes are packed from
     assert all(folds.count(c) <= 2 for c in folds)
-    evicted = [n for event, n in counters.events().items() if "the oldest were dropped" in event]
-    assert evicted and evicted[0] >= len(sizes)
 
 
 def test_threads_that_fold_pack_and_evict_at_once() -> None:
