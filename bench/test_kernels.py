@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastres import _native
 from fastres.roofline import ConvShape
 
 from . import kernels, shapes
@@ -68,4 +69,7 @@ def _copy(moved: int, device: str, tiny: bool) -> Any:
          torch.empty(half, dtype=torch.uint8, device=device))
         for _ in range(count)
     ]  # fmt: skip
-    return in_turn(lambda pair: pair[1].copy_(pair[0]), sets)
+    if device == "cuda":
+        return in_turn(lambda pair: pair[1].copy_(pair[0]), sets)
+    copy = _native.module().copy  # memcpy on the kernels' own threads
+    return in_turn(lambda pair: copy(pair[1].data_ptr(), pair[0].data_ptr(), half), sets)
