@@ -198,7 +198,8 @@ def families(device: str = "cpu") -> list[str]:
 
 def check_families(names: Iterable[str]) -> list[str]:
     """The names, or a ValueError with the nearest known one."""
-    names, known = list(names), families()
+    names = list(names)
+    known = families() if names else []
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
