@@ -197,6 +197,7 @@ def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, pre
         + (*previous, 1.0 / geo.rows, geo.rows, c_units, k_units, plan.tiles, plan.chunks),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
         C_ALIGN=c_align,
         K_ALIGN=k_align,
         DESCRIPTOR=by_descriptor,

@@ -26,6 +26,7 @@ class ConvConfig:
     num_warps: int
     num_stages: int
     programs: int  # to aim at
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Arch:
     1x1 conv and of others;
     split_steps: steps of the sum below which storing a split of dw costs more than computing it;
     descriptors: 1x1 convs load their tiles by tensor descriptor (TMA), which spares the registers
-    and instructions of the addresses.
+    and instructions of the addresses; maxnreg: registers of a thread, at most: where it is given,
+    ptxas does not spill in the loop to get one more program on an SM.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Arch:
     stats_n: tuple[int, int]
     split_steps: int
     descriptors: bool
+    maxnreg: int | None = None
 
 
 ARCHS = {
@@ -65,7 +68,7 @@ ARCHS = {
     "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 8 * 132, 8192, (64, 128), 8, True),
     # 148 SMs, tcgen05: accumulators live in tensor memory (512 columns: two programs of 128 x 128
     # with room to spare), so the tile of sm_90 again.
-    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 8 * 148, 8192, (64, 64), 8, True),
+    "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 8 * 148, 8192, (64, 64), 8, True, 255),
     # 304 CUs, mfma 32x32x8: 64 KB of LDS hold 2 stages of 128 x 32 twice.
     "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 8 * 304, 4096, (64, 64), 8, False),
     # The interpreter pays per operation, not per element: large tiles. (The tests take small ones,
@@ -133,7 +136,7 @@ def _gemm(
     block_k = _fit(summed, max(row_bytes, 512 * warps // block_n) // itemsize)
     # A second operand in the prologue is pipelined, too: one buffer less keeps two programs an SM.
     stages = max(arch.stages - (prologue > 1), 2) if arch.stages > 1 else 1
-    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
+    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, arch.maxnreg)
 
 
 def _lean(arch: Arch) -> Arch:
@@ -171,7 +174,7 @@ def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     block_m = _fit(geo.rows, 64 if size < 4 and not both else 32)
     warps = arch.num_warps if block_k * block_n >= 8192 else 4
     stages = max(arch.stages - (mode == "bn"), 2) if arch.stages > 1 else 1
-    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
+    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, arch.maxnreg)
 
 
 def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvConfig | None:
@@ -197,7 +200,7 @@ def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvC
     # the elementwise work on g, y (64 x K) and the sums need registers, whatever dw takes
     warps = arch.num_warps if block_k * block_n >= arch.dw_elements or epilogue > 1 else 4
     stages = 2 if arch.stages > 1 else 1
-    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
+    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, arch.maxnreg)
 
 
 # Partials for each channel that the finalise kernels read in one tile.

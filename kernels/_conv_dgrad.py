@@ -290,6 +290,7 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
             + (plan.tiles, chunk0, chunks),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=config.maxnreg,
             C_ALIGN=c_align,
             K_ALIGN=k_align,
             POINTWISE=geo.pointwise,

@@ -196,6 +196,7 @@ def conv_wgrad(dw, g, x, geometry, bn, norm):
         + (*geo.stride, *geo.padding, *geo.dilation, geo.r, geo.s, c_units, k_units, chunk),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.maxnreg,
         C_ALIGN=c_align,
         K_ALIGN=k_align,
         POINTWISE=geo.pointwise,

@@ -171,7 +171,13 @@ def workspace(parts: int, cut: Reduction, x: torch.Tensor) -> torch.Tensor:
 
 
 def launch(
-    kernel, programs: int, args: tuple, num_warps: int, num_stages: int = 3, **constants
+    kernel,
+    programs: int,
+    args: tuple,
+    num_warps: int,
+    num_stages: int = 3,
+    maxnreg: int | None = None,
+    **constants,
 ) -> None:
     """Run `kernel` on a one-dimensional grid. The only launch in this package: the AOT test
     replaces it.
@@ -189,5 +195,7 @@ def launch(
     # num_warps counts warps of 32 lanes; AMD's CDNA has 64.
     if torch.version.hip:
         options["num_warps"] = num_warps // 2
+    elif maxnreg is not None:
+        options["maxnreg"] = maxnreg
     with torch.cuda.device(x.device):
         kernel[(programs,)](*args, **options, **constants)
