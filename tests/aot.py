@@ -180,6 +180,8 @@ def compile_launch(target: str, launch) -> Record:
     options = {"num_warps": warps}
     if launch.stages is not None:
         options["num_stages"] = launch.stages
+    if launch.maxnreg is not None and backend == "cuda":
+        options["maxnreg"] = launch.maxnreg
     compiled = triton.compile(
         _source(launch), target=GPUTarget(backend, arch, lanes), options=options
     )
@@ -230,6 +232,8 @@ def digest(launch) -> str:
     source = _source(launch)
     shape = (sorted(source.signature.items()), sorted(map(str, source.constants.items())))
     text = _device_code(launch.kernel), shape, sorted(source.attrs), launch.warps, launch.stages
+    if launch.maxnreg is not None:
+        text += (launch.maxnreg,)
     return hashlib.sha256(repr(text).encode()).hexdigest()[:12]
 
 

@@ -60,6 +60,7 @@ class Launch:
     args: tuple
     warps: int  # of 32 lanes
     stages: int | None  # None: Triton's default
+    maxnreg: int | None
     constants: dict[str, Any]
     wide: tuple[int, int] | None = None
 
@@ -99,8 +100,9 @@ def capture(target: str) -> Iterator[list[Launch]]:
 
     found: list[Launch] = []
 
-    def launch(kernel, programs, args, num_warps, num_stages=None, **constants):
-        found.append(Launch("", "", "", kernel, args, num_warps, num_stages, constants))
+    def launch(kernel, programs, args, num_warps, num_stages=None, maxnreg=None, **constants):
+        options = num_warps, num_stages, maxnreg
+        found.append(Launch("", "", "", kernel, args, *options, constants))
 
     patched = [(backends, "select", lambda x: kernels)]
     modules = [importlib.import_module(f"fastres.kernels.{name}") for name in MODULES]
