@@ -109,8 +109,8 @@ def choice_of(module: Any, x: Tensor) -> tuple[str, str]:
     if current.empty:
         return plan.HEURISTIC
     training = torch.is_grad_enabled()
-    last = child(module, fusion.spec.units[-1][1])
-    fast = (x.shape, x.stride(), x.dtype, x.device, autocast_dtype(x), training, last.training)
+    flags = tuple([child(module, bn).training for _, bn in fusion.spec.pairs()])
+    fast = (x.shape, x.stride(), x.dtype, x.device, autocast_dtype(x), training, flags)
     known = fusion.choices.get(fast)
     if known is None or known[0] != current.version:
         if len(fusion.choices) >= CHOICES_KEPT:
@@ -170,11 +170,12 @@ class FusedMixin:
             for name in self.replaces:
                 if replaced(original, name):
                     return f"{original.__name__}.{name} was replaced"
-        return (
-            watcher(x)
-            or spec_obstacle(self, self._fastres.spec)  # type: ignore[arg-type]
-            or unproven(x, *self.families)
-        )
+        reason = watcher(x) or spec_obstacle(self, self._fastres.spec)  # type: ignore[arg-type]
+        if reason is None:
+            reason = unproven(x, *self.families)
+            if reason is not None and self._fastres.rung is not None:
+                raise backends.BackendError(f'fusion="{self._fastres.rung}" cannot run: {reason}')
+        return reason
 
     def _leave(self, reason: str) -> None:
         counters.count(f"{type(self).__name__} ran unfused: {reason}")
@@ -287,6 +288,8 @@ class ResidualBlockMixin(FusedMixin):
         module: nn.Module = self  # type: ignore[assignment]
         spec = self._fastres.spec
         x = _cast_input(module, spec, x)
+        if self._fastres.rung is not None:
+            checked_rung(type(self).__name__, self._fastres.rung, x)
         reason = why_unfolded(module, spec, x)
         if reason is None:
             folded = _folded_block(module, self._fastres, x, own_input, largest)

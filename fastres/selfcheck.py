@@ -29,14 +29,21 @@ log = logging.getLogger("fastres")
 
 # fp32, TF32 allowed in dots (10 bits of mantissa); a wrong kernel is off by far more
 TOLERANCE = {"passes": 1e-4, "pool": 1e-4, "convs": 5e-3}
-SHAPE = (2, 40, 9, 7)
+# a few units in the last place of what is stored
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+SHAPE = (2, 72, 9, 7)  # more than one step of a conv's sum
 ENABLED = os.environ.get("FASTRES_SELFCHECK", "1") != "0"
 
-_verdicts: dict[tuple[str, torch.device, str], str | None] = {}
+_verdicts: dict[tuple[str, torch.device, str, torch.dtype], str | None] = {}
 
 
 def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+    generator = torch.Generator("cpu").manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _vector(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
 
 
 def _act(*shape: int) -> Tensor:
@@ -59,7 +66,7 @@ def _passes() -> list[Case]:
     x, res, dz = (t.contiguous(memory_format=torch.channels_last) for t in (x, res, dz))
     c = SHAPE[1]
     v = _vectors(c, 6)
-    mask = torch.full(mask_shape(x), 0b10110101, dtype=torch.uint8)
+    mask = torch.full(mask_shape(x), 0b10110101, dtype=torch.uint8, device="cpu")
 
     def stats(m, out, args):
         m.bn_stats(*out, args[0], 1e-5)
@@ -88,10 +95,10 @@ def _passes() -> list[Case]:
     def relu_bwd(m, out, args):
         m.relu_bwd(out[0], *args)
 
-    like, vector = torch.empty_like(x), torch.empty(c)
+    like, vector = torch.empty_like(x), _vector(c)
     return [
         ("bn_stats", [vector] * 3, [x], stats),
-        ("bn_apply", [like, torch.empty(mask_shape(x))], [x, res, *v[:4]], apply),
+        ("bn_apply", [like, _vector(*mask_shape(x))], [x, res, *v[:4]], apply),
         ("bn_bwd_reduce", [vector] * 2, [dz, mask, x, *v[:4]], reduce),
         ("bn_bwd_apply", [like, like], [dz, mask, x, *v], backward),
         ("add_relu", [like], [x, res], add),
@@ -117,7 +124,7 @@ def _pool() -> list[Case]:
             dx, dz, index, x, mean, rstd, gamma, dgamma, dbeta, 3, 2, 1, True
         )
 
-    outputs = [torch.empty(c), torch.empty(c), torch.empty_like(x)]
+    outputs = [_vector(c), _vector(c), torch.empty_like(x)]
     return [
         ("bn_relu_maxpool", [torch.empty_like(pooled)], [x, *v], forward),
         ("bn_relu_maxpool_bwd", outputs, [pooled, x, *v], backward),
@@ -128,7 +135,7 @@ def _convs() -> list[Case]:
     found: list[Case] = []
     for r, stride in ((1, 1), (3, 2)):
         n, c, h, w = SHAPE
-        k = 24
+        k = 136
         geometry = [stride, stride, r // 2, r // 2, 1, 1, 1]
         x, weight = _act(*SHAPE), _random(k, c, r, r) * (c * r * r) ** -0.5
         y = _act(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
@@ -152,10 +159,10 @@ def _convs() -> list[Case]:
                 m.conv_dgrad(dx, sums, g, weight, geometry, bn, None, prev)
                 m.conv_wgrad(dw, g, x, geometry, bn, norm)
 
-        vectors = torch.empty(k), torch.empty(k)
+        vectors = _vector(k), _vector(k)
         found.append((f"conv_fprop {r}x{r}", [torch.empty_like(y), *vectors],
                       [x, weight, *_vectors(c, 4)], forward))  # fmt: skip
-        outputs = [torch.empty_like(x), torch.empty_like(weight), torch.empty(c), torch.empty(c)]
+        outputs = [torch.empty_like(x), torch.empty_like(weight), _vector(c), _vector(c)]
         inputs = [y, y.flip(0).contiguous(memory_format=torch.channels_last), x, weight]
         found.append((f"conv backward {r}x{r}", outputs,
                       [*inputs, *_vectors(k, 6), *_vectors(c, 4)], backward))  # fmt: skip
@@ -165,20 +172,33 @@ def _convs() -> list[Case]:
 FAMILIES = {"passes": _passes, "pool": _pool, "convs": _convs}
 
 
-def run(module: ModuleType, device: torch.device, family: str) -> str | None:
-    """None when every kernel of the family is right on this device, otherwise which is not."""
+def run(
+    module: ModuleType, device: torch.device, family: str, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """None when every kernel of the family is right on this device in this dtype, otherwise which
+    is not."""
+    tolerance = max(TOLERANCE[family], ROUNDING[dtype])
+
+    def stored(t: Tensor) -> Tensor:
+        """Activations and weights have the dtype, per-channel vectors fp32."""
+        return t.to(dtype) if t.dim() == 4 else t
+
     for name, outputs, inputs, call in FAMILIES[family]():
+        inputs = [stored(t) for t in inputs]
         try:
-            got = [torch.full_like(t, torch.nan, device=device) for t in outputs]
+            got = [torch.full_like(stored(t), torch.nan, device=device) for t in outputs]
             call(module, got, [t.to(device) for t in inputs])
             got = [t.double().cpu() for t in got]
         except Exception as e:
             return f"{name} failed: {type(e).__name__}: {e}".splitlines()[0]
-        want = [torch.full_like(t, torch.nan, dtype=torch.float64) for t in outputs]
-        call(reference, want, [t.double() if t.is_floating_point() else t for t in inputs])
+        # float64, but for the pool: which of two values that round alike is the maximum
+        true = (lambda t: t) if family == "pool" else (lambda t: t.double())
+        want = [torch.full_like(true(stored(t)), torch.nan, device="cpu") for t in outputs]
+        call(reference, want, [true(t) if t.is_floating_point() else t for t in inputs])
+        want = [t.double() for t in want]
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             error = ((a - b).abs().max() / b.abs().max().clamp_min(1e-30)).item()
-            if not error <= TOLERANCE[family]:
+            if not error <= tolerance:
                 return f"{name}: output {i} is off by {error:.1e} of its largest value"
     return None
 
@@ -213,22 +233,24 @@ def obstacle(x: Tensor, family: str) -> str | None:
         name, _ = backends.choose(x.device, x.dtype)
     except backends.BackendError:
         return None  # the op says so itself
-    key = (name, x.device, family)
+    key = (name, x.device, family, x.dtype)
     if key not in _verdicts:
-        _verdicts[key] = _verdict(name, x.device, family)
+        _verdicts[key] = _verdict(*key)
     return _verdicts[key]
 
 
-def _verdict(name: str, device: torch.device, family: str) -> str | None:
+def _verdict(name: str, device: torch.device, family: str, dtype: torch.dtype) -> str | None:
     if name == "reference":
         return None
     who = plan.identity(device.type, device.index)
-    label = f"{name} {family}"
+    label = f"{name} {family} {str(dtype).removeprefix('torch.')}"
+    if family == "convs" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        label += " tf32"
     passed = _remembered(who)
     if label in passed:
         return None
     with torch.no_grad():
-        reason = run(importlib.import_module(backends.MODULES[name]), device, family)
+        reason = run(importlib.import_module(backends.MODULES[name]), device, family, dtype)
     if reason is None:
         _remember(who, passed | {label})
         return None

@@ -139,7 +139,9 @@ def tune(
 
 def distinct(model: nn.Module, sample: Tensor, training: bool) -> list[Target]:
     """The distinct converted blocks, with the input that reaches each."""
-    converted = copy.deepcopy(model).train(training)
+    converted = copy.deepcopy(model)
+    if model.training != training:  # otherwise the user's own mix of frozen batch norms
+        converted.train(training)
     scratch = revert(copy.deepcopy(converted))  # a broken kernel must not stop the others
     matches = {
         path: match
@@ -154,7 +156,7 @@ def distinct(model: nn.Module, sample: Tensor, training: bool) -> list[Target]:
             key = plan_key(converted.get_submodule(path), x, training)
             if key not in targets:
                 x = x.clone(memory_format=torch.preserve_format)
-                original = model.get_submodule(path)
+                original = converted.get_submodule(path)
                 targets[key] = Target(
                     path or "(stem)", original, matches[path], x, key, autocast_dtype(x)
                 )
@@ -192,7 +194,7 @@ def copy_for(target: Target, candidate: str) -> nn.Module:
     if candidate != EAGER:
         fusion: Any = module._fastres
         fusion.rung = candidate if isinstance(module, ResidualBlockMixin) else None
-    return module.train(target.training)
+    return module
 
 
 # --- numbers --------------------------------------------------------------------------------------

@@ -241,14 +241,14 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def descriptors(arch, geo: Geometry, itemsize: int) -> bool:
-    """Whether a conv's tiles are loaded by tensor descriptor: a plain GEMM whose rows are whole 16
-    bytes, on an architecture with a copy engine."""
-    return (
-        arch.descriptors
-        and geo.pointwise
-        and geo.c * itemsize % 16 == 0
-        and geo.k * itemsize % 16 == 0
+def descriptors(arch, geo: Geometry, *tensors: torch.Tensor | None) -> bool:
+    """Whether a conv's tiles are loaded by tensor descriptor: a plain GEMM whose tensors and rows
+    start at whole 16 bytes, on an architecture with a copy engine."""
+    if not (arch.descriptors and geo.pointwise):
+        return False
+    return all(
+        t is None or (t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0)
+        for t in tensors
     )
 
 

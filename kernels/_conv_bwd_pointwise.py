@@ -181,7 +181,7 @@ def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, pre
         shape = (2 if previous[-1] is None else 3, plan.chunks, geo.c)
         sum_part = torch.empty(shape, dtype=torch.float32, device=x.device)
     dw_part = torch.empty((plan.chunks, geo.k, 1, geo.c), dtype=torch.float32, device=x.device)
-    by_descriptor = descriptors(arch_of(x.device), geo, x.element_size())
+    by_descriptor = descriptors(arch_of(x.device), geo, x, g.dz, y)
     by_descriptor = by_descriptor and config.block_k < 256  # the copy engine's box; spills at it
     dz, y = (source(t, config.block_m, config.block_k, by_descriptor) for t in (g.dz, y))
     tile_x = config.block_m, config.block_n

@@ -90,10 +90,9 @@ def arch_of(device: torch.device) -> Arch:
     else:
         major, minor = torch.cuda.get_device_capability(device)
         name = f"sm_{major}{minor}"
-    # Same instruction set, fewer SMs: the tiles are the same.
-    name = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_89": "sm_80", "sm_103": "sm_100"}.get(
-        name, name
-    )
+    # Same instruction set and shared memory, another number of SMs: the tiles are the same. (sm_86
+    # and sm_89 have 100 KB of shared memory, which sm_80's tiles pass.)
+    name = {"sm_87": "sm_80", "sm_103": "sm_100"}.get(name, name)
     if name not in ARCHS:
         known = ", ".join(a for a in ARCHS if a != "interpreter")
         raise NoTable(f"fastres has no convolution tiles for {name}; known: {known}")

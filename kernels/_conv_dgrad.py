@@ -274,7 +274,7 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
     if prev is not None:
         part = dx.new_empty((2 if previous[-1] is None else 3, chunks, geo.c), dtype=torch.float32)
     weight = krsc(weight)
-    by_descriptor = descriptors(arch_of(dx.device), geo, dx.element_size())
+    by_descriptor = descriptors(arch_of(dx.device), geo, g.dz, y)
     dz, y = (source(t, config.block_m, config.block_k, by_descriptor) for t in (g.dz, y))
     c_units, c_align = units(geo.c)
     k_units, k_align = units(geo.k)

@@ -207,7 +207,7 @@ def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, 
     config = fprop_config(geo, x, shortcut is not None, with_stats)
     plan = cut(geo.rows, geo.k, config)
     # The block prologue writes z where it read x: it has the addresses anyway.
-    by_descriptor = shortcut is None and descriptors(arch_of(x.device), geo, x.element_size())
+    by_descriptor = shortcut is None and descriptors(arch_of(x.device), geo, x)
     tile = config.block_m, config.block_k
     part = workspace(3, plan, y) if with_stats else None
     c_units, c_align = units(geo.c)

@@ -182,7 +182,7 @@ def conv_wgrad(dw, g, x, geometry, bn, norm):
     config = wgrad_config(geo, x, mode, norm is not None)
     tiles, splits, chunk = wgrad_cut(geo, config, arch_of(x.device).split_steps)
     part = torch.empty((splits, geo.k, geo.r * geo.s, geo.c), dtype=torch.float32, device=x.device)
-    by_descriptor = descriptors(arch_of(x.device), geo, x.element_size())
+    by_descriptor = descriptors(arch_of(x.device), geo, x, g.dz, y)
     dz, y = (source(t, config.block_m, config.block_k, by_descriptor) for t in (g.dz, y))
     tile_x = config.block_m, config.block_n
     c_units, c_align = units(geo.c)

@@ -8,6 +8,7 @@ moves single gradients."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import pytest
@@ -258,6 +259,31 @@ def test_without_a_backward(kind, groups, training, rung):
     assert torch.equal(x, before)
     for row, want_row in zip(made, want_made, strict=True):
         torch.testing.assert_close(row[3:], want_row[3:], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("name", ["grouped", "bottleneck, all grouped"])
+def test_a_vendor_that_answers_in_nchw(name, rung, monkeypatch):
+    """Some vendor kernels give NCHW for an NHWC input; the fused convs take NHWC alone."""
+    from fastres.ops import _ladder
+
+    conv_fwd, conv_bwd = _ladder.conv_fwd, _ladder.conv_bwd
+
+    def nchw_bwd(*args):
+        dx, dw = conv_bwd(*args)
+        return None if dx is None else dx.contiguous(), dw
+
+    monkeypatch.setattr(_ladder, "conv_fwd", lambda *args: conv_fwd(*args).contiguous())
+    monkeypatch.setattr(_ladder, "conv_bwd", nchw_bwd)
+    stage = make("bottleneck", groups=4, blocks=2, stride=1 if "all" in name else 2)
+    if "all" in name:  # the last conv of each block on the vendor's, too
+        for main, _ in stage.blocks:
+            main[-1] = dataclasses.replace(main[-1], weight=main[-1].weight[:, :8], groups=2)
+    truth = step(plain, stage, torch.float64)
+    with fastres.use_backend("reference"):
+        got = step(fused, stage, torch.float64, rung)
+    for key, want in truth.items():
+        torch.testing.assert_close(got[key], want, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("rung", ["c2", "d"])

@@ -31,8 +31,22 @@ def cache(tmp_path, monkeypatch):
     ("cpu", "passes"), ("cpu", "pool"), ("triton", "passes"), ("triton", "pool"),
     ("triton", "convs"),
 ])  # fmt: skip
-def test_right_kernels_pass(name, family):
-    assert selfcheck.run(backend(name), CPU, family) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_right_kernels_pass(name, family, dtype):
+    assert selfcheck.run(backend(name), CPU, family, dtype) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_does_not_matter(dtype):
+    module = backend("cpu")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert selfcheck.run(module, CPU, "passes") is None
+            assert selfcheck.run(module, CPU, "pool") is None
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_is_quick():
@@ -93,18 +107,20 @@ def test_a_pass_is_remembered_and_a_failure_is_not(cache, monkeypatch, caplog):
     assert selfcheck.obstacle(x, "passes") is None
     assert len(runs) == 1
     (file,) = cache.glob("checked-*.json")
-    assert json.loads(file.read_text())["passed"] == ["cpu passes"]
+    assert json.loads(file.read_text())["passed"] == ["cpu passes float32"]
     selfcheck.forget()  # another process
     assert selfcheck.obstacle(x, "passes") is None and len(runs) == 1
 
     monkeypatch.setattr(module, "bn_relu_maxpool", lambda *args: None)
     reason = selfcheck.obstacle(x, "pool")
     assert "the cpu kernels failed their self-check on" in reason and reason in caplog.text
-    assert json.loads(file.read_text())["passed"] == ["cpu passes"]
+    assert json.loads(file.read_text())["passed"] == ["cpu passes float32"]
     assert selfcheck.obstacle(x.double(), "pool") is None  # the reference runs that
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes"]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes float32"]}']
+)
 def test_a_corrupt_or_foreign_memory_is_not_trusted(cache, text, monkeypatch):
     backend("cpu")
     who = plan.identity("cpu")

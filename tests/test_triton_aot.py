@@ -68,7 +68,8 @@ def test_the_committed_table_is_within_budget(path):
 RECORD = aot.Record(
     target="sm_90", kernel="_conv_fprop_kernel", case="1x1", dtype="bf16", layout="nhwc",
     tile="64x64x64", warps=4, stages=3, registers=128, shared=49152, programs=4, local=0,
-    local_accesses=0, local_in_loop=0, wide=(24, 4), narrow=(12, 3), narrow_tile=(0, 0), matrix={"HGMMA": 4},
+    local_accesses=0, local_in_loop=0, wide=(24, 4), narrow=(12, 3), narrow_tile=(0, 0),
+    matrix={"HGMMA": 4},
     dots=(1, 0), wide_wanted=None, digest="",
 )  # fmt: skip
 

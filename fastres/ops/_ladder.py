@@ -24,7 +24,7 @@ from torch import Tensor
 from fastres import backends
 from fastres._contract import Gradient, Normalise, NormGradient, Previous, Sums
 from fastres._contract import Shortcut as ShortcutArgument
-from fastres._layout import is_nhwc
+from fastres._layout import is_dense, is_nhwc
 
 from ._units import (
     GEOMETRY,
@@ -124,6 +124,20 @@ def conv_output(x: Tensor, weight: Tensor, geometry: list[int]) -> Tensor:
     )
 
 
+def vendor_output(y: Tensor, x: Tensor, like_x: bool) -> Tensor:
+    """y dense; in x's layout where fused convs, which take channels_last alone, are its neighbours:
+    some vendor kernels answer an NHWC input in NCHW."""
+    where = "residual_block conv output"
+    return in_format(y, is_nhwc(x), where) if like_x else dense(y, where)
+
+
+def weight_like(weight: Tensor) -> Tensor:
+    """Uninitialised gradient of a weight: its strides, where it is dense in one of the layouts."""
+    if is_dense(weight):
+        return torch.empty_like(weight)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
 class Forward:
     """One forward pass; ys, stats, zs and masks fill up as it goes."""
 
@@ -145,9 +159,12 @@ class Forward:
             vendor_reason(self.backend, x, self.weights[i], self.stage.of_unit(i)) is None
         )
 
-    def norm(self, i: int) -> Norm:
-        y = self.ys[i]
-        return Norm(self.stats[i], vector(self.gammas[i], y), vector(self.betas[i], y))
+    def norm(self, i: int, y: Tensor, stats: Tensor) -> Norm:
+        """Keep what a backward needs of unit i (without one, y is not kept alive), and its norm."""
+        self.stats[i] = stats
+        if self.save:
+            self.ys[i] = y
+        return Norm(stats, vector(self.gammas[i], y), vector(self.betas[i], y))
 
     def finish(self, pending: Pending) -> Tensor:
         """The tensor itself; kept, with its mask, where it is a block's output. Without a backward
@@ -155,7 +172,7 @@ class Forward:
         y, norm, shortcut = pending
         out = None if self.save else y
         z, mask = normalise(y, norm, True, self.save and shortcut is not None, shortcut, out)
-        if shortcut is not None:
+        if self.save and shortcut is not None:
             self.zs.append(z)
             self.masks.append(mask)
         return z
@@ -178,10 +195,9 @@ class Forward:
         if not fused:
             h = fused_source
             assert isinstance(h, Tensor)
-            y = dense(conv_fwd(h, self.weights[i], None, geometry), "residual_block conv output")
-            self.ys[i] = y
-            self.stats[i] = bn_statistics(y, training, *running, eps)
-            return Pending(y, self.norm(i)), h
+            y = vendor_output(conv_fwd(h, self.weights[i], None, geometry), h, self.rung.conv)
+            stats = bn_statistics(y, training, *running, eps)
+            return Pending(y, self.norm(i, y, stats)), h
         weight = cast(self.weights[i], raw)
         y = conv_output(raw, weight, geometry)
         stats = alloc_stats(y)
@@ -192,17 +208,16 @@ class Forward:
             norm, shortcut = _vectors(fused_source.norm), _argument(fused_source.shortcut)
             if shortcut is not None:
                 z = torch.empty_like(raw)
-                mask = alloc_mask(raw, self.save)
-                self.zs.append(z)
-                self.masks.append(mask)
-                mask = mask if self.save else None
+                if self.save:
+                    mask = alloc_mask(raw, True)
+                    self.zs.append(z)
+                    self.masks.append(mask)
         self.backend.conv_fprop(
             y, stats if training else None, z, mask, h, weight, geometry, norm, shortcut, eps
         )
         if not training:
             running_statistics(stats, *running, eps)
-        self.ys[i], self.stats[i] = y, stats
-        return Pending(y, self.norm(i)), h if z is None else z
+        return Pending(y, self.norm(i, y, stats)), h if z is None else z
 
     def run(self, x: Tensor) -> Tensor:
         source: Tensor | Pending = x
@@ -244,21 +259,20 @@ class Forward:
         geometry = self.stage.of_unit(i)
         weight = cast(self.weights[i], x)
         fused = self.fused(x, i)
-        y = conv_output(x, weight, geometry) if fused else conv_fwd(x, weight, None, geometry)
-        y = dense(y, "residual_block conv output")
-        self.ys[i], self.stats[i] = y, alloc_stats(y)
-        running_statistics(
-            self.stats[i], self.running_means[i], self.running_vars[i], self.stage.eps[i]
-        )
+        if fused:
+            y = conv_output(x, weight, geometry)
+        else:
+            y = vendor_output(conv_fwd(x, weight, None, geometry), x, True)
+        stats = alloc_stats(y)
+        running_statistics(stats, self.running_means[i], self.running_vars[i], self.stage.eps[i])
+        norm = self.norm(i, y, stats)
         if residual is not None:
             residual = in_format(residual, is_nhwc(y), "residual_block shortcut")
         if fused:
-            self.backend.conv_fprop_act(
-                y, x, weight, geometry, _vectors(self.norm(i)), residual, relu
-            )
+            self.backend.conv_fprop_act(y, x, weight, geometry, _vectors(norm), residual, relu)
             return y
         shortcut = None if residual is None else Shortcut(residual)
-        return normalise(y, self.norm(i), relu, False, shortcut, out=y)[0]
+        return normalise(y, norm, relu, False, shortcut, out=y)[0]
 
 
 def _pointwise(weight: Tensor, geometry: list[int]) -> bool:
@@ -291,7 +305,6 @@ class Incoming(NamedTuple):
     gate: str
     mask: Tensor | None = None
     sums: Sums | None = None
-    owned: bool = True  # dz may be written over
 
 
 class Backward:
@@ -386,7 +399,7 @@ class Backward:
             return None if dx is None else self.by_passes(dx, raw, dres, prev)
         weight = cast(self.weights[i], raw)
         norm = _vectors(source.norm) if isinstance(source, Pending) else None
-        dw = torch.empty_like(weight) if need_dw else None
+        dw = weight_like(weight) if need_dw else None
         dx = torch.empty_like(raw) if need_dx else None
         sums = None
         if need_dx and prev is not None:
@@ -416,6 +429,8 @@ class Backward:
         self, dx: Tensor, raw: Tensor, dres: Gradient | None, prev: Previous | None
     ) -> Incoming:
         """What the epilogue of a fused dgrad does, after a vendor's."""
+        if self.rung.conv:
+            dx = in_format(dx, is_nhwc(raw), "residual_block backward")
         if dres is not None:
             dx = in_format(dx, is_nhwc(dres.dz), "residual_block backward shortcut")
             if dres.mask is None:
@@ -510,7 +525,7 @@ def backward(
     firsts = stage.first_units()
     lasts = [first + main - 1 for first, main in zip(firsts, stage.main, strict=True)]
     dz = in_format(dz, is_nhwc(ys[lasts[-1]]), "residual_block backward")
-    incoming: Incoming | None = Incoming(dz, "mask", masks[-1], owned=False)
+    incoming: Incoming | None = Incoming(dz, "mask", masks[-1])
     for b in range(len(firsts) - 1, -1, -1):
         before = None
         if b > 0:

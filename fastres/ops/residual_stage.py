@@ -32,7 +32,16 @@ from ._args import (
     raw_bn,
     raw_conv,
 )
-from ._ladder import RUNGS, Stage, backward, conv_output, forward, vendor_reason
+from ._ladder import (
+    RUNGS,
+    Stage,
+    backward,
+    conv_output,
+    forward,
+    vendor_output,
+    vendor_reason,
+    weight_like,
+)
 from ._library import define, plain_eager, refuse_double_backward
 from ._units import (
     GEOMETRY,
@@ -112,7 +121,8 @@ def _residual_stage_fake(
             y = conv_output(h, cast(weights[i], h), stage.of_unit(i))
         else:
             y = conv_fwd(h, weights[i], None, stage.of_unit(i))
-        ys.append(dense(y, "residual_block conv output"))
+            y = vendor_output(y, h, RUNGS[fusion].conv)
+        ys.append(y)
         return ys[-1]
 
     for first, count, proj in zip(stage.first_units(), main, projection, strict=True):
@@ -181,7 +191,7 @@ def _residual_stage_bwd_fake(
             need_dh = need_dx and i == 0
             if _fuses(stage, h, weights[i], i):
                 dh = torch.empty_like(h) if need_dh else None
-                dw = torch.empty_like(cast(weights[i], h)) if need_dw[i] else None
+                dw = weight_like(cast(weights[i], h)) if need_dw[i] else None
                 dw = None if dw is None else dw.to(weights[i].dtype)
             else:
                 dh, dw = conv_bwd(ys[i], h, weights[i], stage.of_unit(i), need_dh, need_dw[i])
