@@ -147,9 +147,13 @@ def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
     arch = arch_of(x.device)
     if arch.name in ("sm_80", "sm_100") and not stats:
         arch = replace(_lean(arch), block_n=min(arch.block_n, 64))
-    elif arch.name == "sm_100" and shortcut:  # a third buffer happens to need fewer registers
-        arch = replace(arch, stages=4)
-    return _gemm(arch, geo, geo.rows, geo.k, geo.c, x.element_size(), 1 + shortcut, 0, stats)
+    elif arch.name == "sm_100" and shortcut and x.element_size() < 4:
+        arch = replace(arch, stages=4)  # a third buffer happens to need fewer registers
+    found = _gemm(arch, geo, geo.rows, geo.k, geo.c, x.element_size(), 1 + shortcut, 0, stats)
+    tf32 = x.element_size() == 4 and not _plain_fma(arch, 4)
+    if arch.name == "sm_100" and shortcut and tf32:
+        found = replace(found, num_warps=8)  # spills else
+    return found
 
 
 def dgrad_config(geo, x, mode: str, epilogue: int) -> ConvConfig:
@@ -199,7 +203,7 @@ def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvC
     # the elementwise work on g, y (64 x K) and the sums need registers, whatever dw takes
     warps = arch.num_warps if block_k * block_n >= arch.dw_elements or epilogue > 1 else 4
     stages = 2 if arch.stages > 1 else 1
-    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, arch.maxnreg)
+    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 
 
 # Partials for each channel that the finalise kernels read in one tile.
