@@ -84,6 +84,7 @@ def kernel_cases(device: str) -> Iterator[Case]:
         thin = {"relu": {(256, 28, 28), small}, "stem": set(found)}.get(kernel.role, {large, small})
         for chw, dtype, n in itertools.product(found, dtypes, LAYER_BATCHES):
             default = n == batch and chw in thin and dtype in _dtypes(device)[:2]
+            default = default and (dtype != "fp32" or chw != small)
             yield Case("kernel", kernel.family, kernel.name, chw, dtype, "kernel", n,
                        default=default)  # fmt: skip
     chosen = _typical_convs()

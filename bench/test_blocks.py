@@ -91,7 +91,7 @@ def _run(case: Case, batch: int, benchmark: Any, session: Session) -> None:
         fused = fastres.convert(copy.deepcopy(plain), fusion=rung, strict=True)
         check = session.check_once(
             (case.name, shape, case.dtype, rung),
-            lambda: judged(verified(plain, fused, x, case.dtype != "fp32", call), case.name),
+            lambda: judged(verified(plain, fused, x, dtype, True, call), case.name),
         )
         session.measure_machine(case.dtype)
         count = 2 if session.tiny else rotations(8 * x.numel() * x.element_size(), device)

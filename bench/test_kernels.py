@@ -16,7 +16,7 @@ from .session import DTYPES, Session, record
 from .timing import OURS, Variant, in_turn, rotations, take_turns, timer
 
 SUITE = "kernel"
-SECONDS = 0.4
+SECONDS = 0.3
 KERNELS = {kernel.name: kernel for kernel in kernels.KERNELS}
 
 
