@@ -122,7 +122,7 @@ void bn_relu_maxpool_bwd_apply(Ptr dx, Ptr dz, Ptr index, Ptr x, Ptr mean, Ptr r
                                        act(dtype, nhwc, n, c, h * w)});
 }
 
-// The yardstick of bench/cpu_kernels.py: memcpy on the same threads, in chunks of 256 KiB.
+// The yardstick of the benchmark suites (bench/): memcpy on the same threads, in chunks of 256 KiB.
 void copy(Ptr dst, Ptr src, I64 bytes) {
   constexpr I64 kChunk = 256 << 10;
   struct Job {
