@@ -1,9 +1,9 @@
 """Every case there is, and the thin set that runs without --full.
 
-A case is data; what it means is in the suite's test file. The default set takes about 10
-minutes (an estimate) on 2 idle cores: every family of kernels on a large and a small shape, every op once, blocks of
-both kinds, every depth of network, with more baselines for ResNet-18 and ResNet-50. The rest is
-`--full`."""
+A case is data; what it means is in the suite's test file. The default set takes about 10 minutes
+(an estimate) on 2 idle cores: every family of kernels on a large and a small shape, every op once,
+blocks of both kinds, every depth of network, with more baselines for ResNet-18 and ResNet-50. The
+rest is `--full`."""
 
 from __future__ import annotations
 
