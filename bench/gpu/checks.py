@@ -97,7 +97,9 @@ def tests(device: Device, record: Record) -> None:
     record.set(ran=" ".join(argv[1:]))
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        env = {**os.environ, "FASTRES_TEST_LOG": str(log)}
+        # a pytest-xdist worker's variables would make this pytest believe that it is one
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        env["FASTRES_TEST_LOG"] = str(log)
         process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.STDOUT)  # fmt: skip
         try:
