@@ -122,6 +122,33 @@ void bn_relu_maxpool_bwd_apply(Ptr dx, Ptr dz, Ptr index, Ptr x, Ptr mean, Ptr r
                                        act(dtype, nhwc, n, c, h * w)});
 }
 
+WinogradWeights winograd(Ptr w, int dtype, I64 k, I64 c, I64 stride_k, I64 stride_c, I64 stride_r,
+                         I64 stride_s, bool turned) {
+  return {f32(w), dtype, k, c, stride_k, stride_c, stride_r, stride_s, turned};
+}
+
+void winograd_weights(Ptr u, Ptr w, int dtype, I64 k, I64 c, I64 stride_k, I64 stride_c,
+                      I64 stride_r, I64 stride_s, bool turned) {
+  kernels().winograd_weights(
+      f32(u), winograd(w, dtype, k, c, stride_k, stride_c, stride_r, stride_s, turned));
+}
+
+void winograd_fprop(Ptr y, Ptr x, Ptr u, Ptr w, I64 stride_k, I64 stride_c, I64 stride_r,
+                    I64 stride_s, bool turned, Ptr bias, Ptr residual, bool relu, int dtype, I64 n,
+                    I64 height, I64 width, I64 c, I64 k, I64 padding) {
+  kernels().winograd_fprop(
+      {any(y), any(x), f32(u),
+       winograd(w, dtype, k, c, stride_k, stride_c, stride_r, stride_s, turned), f32(bias),
+       any(residual), relu, dtype, n, height, width, c, k, padding, height + 2 * padding - 2,
+       width + 2 * padding - 2});
+}
+
+void winograd_wgrad(Ptr dw, Ptr dy, Ptr x, int dtype, I64 n, I64 h, I64 w, I64 c, I64 k,
+                    I64 padding) {
+  kernels().winograd_wgrad({f32(dw), any(dy), any(x), dtype, n, h, w, c, k, padding,
+                            h + 2 * padding - 2, w + 2 * padding - 2});
+}
+
 // The yardstick of the benchmark suites (bench/): memcpy on the same threads, in chunks of 256 KiB.
 void copy(Ptr dst, Ptr src, I64 bytes) {
   constexpr I64 kChunk = 256 << 10;
@@ -160,6 +187,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("bn_relu_maxpool", &bn_relu_maxpool, NoGil());
   m.def("bn_relu_maxpool_bwd_reduce", &bn_relu_maxpool_bwd_reduce, NoGil());
   m.def("bn_relu_maxpool_bwd_apply", &bn_relu_maxpool_bwd_apply, NoGil());
+  m.def("winograd_weights", &winograd_weights, NoGil());
+  m.def("winograd_fprop", &winograd_fprop, NoGil());
+  m.def("winograd_wgrad", &winograd_wgrad, NoGil());
   m.def("copy", &copy, NoGil(), "Parallel memcpy(dst, src, bytes): the bandwidth yardstick.");
 
   m.def("isa", &isa, "The ISA in use; FASTRES_CPU_ISA forces one.");

@@ -1,5 +1,5 @@
-"""CPU inference: convs with their batch norm folded in, prepacked for oneDNN, ReLU and the residual
-add as post-ops.
+"""CPU inference: convs with their batch norm folded in, prepacked for oneDNN, or for Winograd's
+algorithm where that is faster; bias, ReLU and the residual add in the same pass.
 
     w' = w * gamma * rstd,   b' = beta - mean * gamma * rstd;   z = relu(conv(x, w') + b' + s)
 
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import counters
+from . import _winograd, counters
 from ._layout import is_nhwc
 
 # (dtype, input shape) variants of one module that are packed. oneDNN chooses its weight layout by
@@ -39,7 +39,8 @@ from ._layout import is_nhwc
 # every call, as it does in eager mode; what keeps coming takes the least recently used one's place.
 PACKS_KEPT = 8
 CALLS_TO_REPLACE = 4
-LIMIT = 1e37  # of 3.4e38, the largest fp32 and bf16: the rest is for rounding
+# Of 3.4e38, the largest fp32 and bf16: the rest is for Winograd's intermediate values and rounding.
+LIMIT = 1e37 / _winograd.GROWTH
 _MARK = "_fastres_bound"
 NCHW = "the input is not channels_last"
 
@@ -48,7 +49,8 @@ Shape = tuple[int, ...]
 
 
 class Packed(NamedTuple):
-    """A folded conv ready to run: the weight in oneDNN's own layout or torch's, fp32 bias.
+    """A folded conv ready to run: the weight in oneDNN's own layout, torch's or, where `channels`
+    of the output are given, as `_winograd.pack` makes it; fp32 bias.
 
     add_bias: the bias in the activation's dtype, which oneDNN's form with a residual asks for."""
 
@@ -59,6 +61,7 @@ class Packed(NamedTuple):
     stride: list[int]
     dilation: list[int]
     groups: int
+    channels: int | None = None
 
 
 class Bound(NamedTuple):
@@ -121,6 +124,7 @@ class Cache:
         self._sources: list[_Source] = []
         self._settings: list[Any] = []
         self._weights: list[tuple[Tensor, Tensor]] = []
+        self._winograd: dict[tuple[int, torch.dtype], Tensor] = {}  # serves every shape
         self._bound: Bound | None = None
         self._variants: OrderedDict[tuple, Folded] = OrderedDict()
         self._waiting: Counter[tuple] = Counter()
@@ -182,6 +186,12 @@ class Cache:
         packs = []
         for i, ((c, _), (weight, shift)) in enumerate(zip(pairs, weights, strict=True)):
             geometry = ([*c.padding], [*c.stride], [*c.dilation], c.groups)
+            if shapes is not None and _winograd_runs(c, shapes[i], dtype):
+                u = self._winograd.get((i, dtype))
+                if u is None:
+                    u = self._winograd[i, dtype] = _winograd.pack(weight, dtype)
+                packs.append(Packed(u, shift, shift, *geometry, c.out_channels))
+                continue
             weight = weight.to(dtype)
             if shapes is not None:
                 weight = torch.ops.mkldnn._reorder_convolution_weight(
@@ -189,6 +199,12 @@ class Cache:
                 )
             packs.append(Packed(weight, shift, shift.to(dtype), *geometry))
         return Folded(packs, self._bound)
+
+
+def _winograd_runs(c: nn.Conv2d, shape: Shape, dtype: torch.dtype) -> bool:
+    geometry = [*c.stride, *c.padding, *c.dilation, c.groups]
+    why = _winograd.why_not("inference", shape, dtype, c.out_channels, geometry, c.kernel_size)
+    return why is None
 
 
 def _get(m: nn.Module, name: str) -> Tensor | None:
@@ -314,6 +330,8 @@ def mark(z: Tensor, largest: float | None) -> Tensor:
 
 def conv(x: Tensor, p: Packed, relu: bool) -> Tensor:
     """act(conv(x, w') + b')"""
+    if p.channels is not None:
+        return _winograd.conv(x, p.weight, p.channels, p.padding[0], p.bias, relu=relu)
     return torch.ops.mkldnn._convolution_pointwise.default(
         x, p.weight, p.bias, p.padding, p.stride, p.dilation, p.groups,
         "relu" if relu else "none", [], "",
@@ -322,6 +340,9 @@ def conv(x: Tensor, p: Packed, relu: bool) -> Tensor:
 
 def conv_add_relu(x: Tensor, p: Packed, residual: Tensor, inplace: bool) -> Tensor:
     """relu(conv(x, w') + b' + residual); `inplace` lets it overwrite the residual."""
+    if p.channels is not None:
+        out = residual if inplace else None
+        return _winograd.conv(x, p.weight, p.channels, p.padding[0], p.bias, residual, out=out)
     if inplace:
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             residual, x, p.weight, p.add_bias, p.padding, p.stride, p.dilation, p.groups,

@@ -352,9 +352,9 @@ def test_import_is_cheap_and_pulls_in_no_triton() -> None:
     code = """
 import sys, time, torch
 had = "triton" in sys.modules
-start = time.perf_counter()
+start = time.process_time()  # on an idle machine the wall time, on a busy one still the work
 import fastres
-took = time.perf_counter() - start
+took = time.process_time() - start
 assert had or "triton" not in sys.modules
 assert "torchvision" not in sys.modules
 print(took)

@@ -105,6 +105,33 @@ struct BnReluMaxpoolBwd {
   Act act;  // of x
 };
 
+// 3x3 convolutions of stride 1 in NHWC, by Winograd's F(4x4, 3x3); fp32 or bf16 activations.
+struct WinogradWeights {
+  const float* w;  // w[k * stride_k + c * stride_c + r * stride_r + s * stride_s]
+  int dtype;       // of the activations: weights are rounded to it
+  int64_t k, c, stride_k, stride_c, stride_r, stride_s;
+  bool turned;  // by 180 degrees, for dgrad
+};
+
+struct WinogradFprop {
+  void* y;  // (N, OH, OW, K)
+  const void* x;
+  const float* u;           // winograd_weights' result (ceil(K / 32), 36, C, 32); null: from
+  WinogradWeights weights;  // these
+  const float* bias;        // (K) or null
+  const void* residual;     // like y, may be y; or null
+  bool relu;
+  int dtype;
+  int64_t n, h, w, c, k, padding, oh, ow;
+};
+
+struct WinogradWgrad {
+  float* dw;  // (K, 3, 3, C)
+  const void *dy, *x;
+  int dtype;
+  int64_t n, h, w, c, k, padding, oh, ow;
+};
+
 // Every variant fills one table; runtime.cpp picks the table once.
 #define FASTRES_DECLARE_KERNELS                             \
   void bn_stats(const BnStats&);                            \
@@ -115,7 +142,10 @@ struct BnReluMaxpoolBwd {
   void relu_bwd(const ReluBwd&);                            \
   void bn_relu_maxpool(const BnReluMaxpool&);               \
   void bn_relu_maxpool_bwd_reduce(const BnReluMaxpoolBwd&); \
-  void bn_relu_maxpool_bwd_apply(const BnReluMaxpoolBwd&);
+  void bn_relu_maxpool_bwd_apply(const BnReluMaxpoolBwd&);  \
+  void winograd_weights(float* u, const WinogradWeights&);  \
+  void winograd_fprop(const WinogradFprop&);                \
+  void winograd_wgrad(const WinogradWgrad&);
 
 namespace portable {
 FASTRES_DECLARE_KERNELS
@@ -138,6 +168,9 @@ struct Kernels {
   void (*bn_relu_maxpool)(const BnReluMaxpool&);
   void (*bn_relu_maxpool_bwd_reduce)(const BnReluMaxpoolBwd&);
   void (*bn_relu_maxpool_bwd_apply)(const BnReluMaxpoolBwd&);
+  void (*winograd_weights)(float* u, const WinogradWeights&);
+  void (*winograd_fprop)(const WinogradFprop&);
+  void (*winograd_wgrad)(const WinogradWgrad&);
 };
 
 }  // namespace fastres

@@ -195,7 +195,8 @@ class Forward:
         if not fused:
             h = fused_source
             assert isinstance(h, Tensor)
-            y = vendor_output(conv_fwd(h, self.weights[i], None, geometry), h, self.rung.conv)
+            y = conv_fwd(h, self.weights[i], None, geometry, training)
+            y = vendor_output(y, h, self.rung.conv)
             stats = bn_statistics(y, training, *running, eps)
             return Pending(y, self.norm(i, y, stats)), h
         weight = cast(self.weights[i], raw)
@@ -393,7 +394,8 @@ class Backward:
             h = raw
             if isinstance(source, Pending):
                 h, _ = normalise(source.y, source.norm, relu=True)
-            dx, dw = conv_bwd(g.dz, h, self.weights[i], geometry, need_dx, need_dw)
+            batch = self.stage.training[i]
+            dx, dw = conv_bwd(g.dz, h, self.weights[i], geometry, need_dx, need_dw, batch)
             if dw is not None:
                 self.dws[i] = dw
             return None if dx is None else self.by_passes(dx, raw, dres, prev)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres import backends, counters
-from fastres._layout import is_dense, mask_shape
+from fastres import _winograd, backends, counters
+from fastres._layout import is_dense, is_nhwc, mask_shape
 
 GEOMETRY = 7  # ints of one conv: stride, padding, dilation (h, w each), groups
 
@@ -96,8 +96,32 @@ def cast(w: Tensor, x: Tensor) -> Tensor:
     return w if w.dtype == x.dtype else w.to(x.dtype)
 
 
-def conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int]) -> Tensor:
+def _winograd_runs(
+    what: str, x: Tensor, weight: Tensor, geometry: list[int], batch_statistics: bool
+) -> bool:
+    """Whether a pass of a conv runs on the kernels of _winograd. A value that is not finite reaches
+    more pixels there: only under a batch norm that spreads it to the whole channel anyway."""
+    if not batch_statistics or not x.is_cpu or backends.forced() not in (None, "cpu"):
+        return False
+    if not is_nhwc(x) or weight.dtype not in (x.dtype, torch.float32):
+        return False
+    k, _, *taps = weight.shape
+    return _winograd.why_not(what, x.shape, x.dtype, k, geometry, taps) is None
+
+
+def conv_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: list[int],
+    batch_statistics: bool = False,
+) -> Tensor:
+    """conv(x) by the vendor, or by Winograd's algorithm where it is faster.
+
+    batch_statistics: a batch norm in training mode follows."""
     sh, sw, ph, pw, dh, dw, groups = geometry
+    if bias is None and _winograd_runs("fprop", x, weight, geometry, batch_statistics):
+        return _winograd.fprop(x, weight, ph)
     bias = None if bias is None else cast(bias, x)
     return torch.ops.aten.convolution.default(
         x, cast(weight, x), bias, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups
@@ -105,16 +129,29 @@ def conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int]
 
 
 def conv_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: list[int], need_dx: bool, need_dw: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: list[int],
+    need_dx: bool,
+    need_dw: bool,
+    batch_statistics: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dw), dw in the weight's dtype."""
+    """(dx, dw), dw in the weight's dtype. batch_statistics: as in `conv_fwd`."""
     sh, sw, ph, pw, dh, dw, groups = geometry
-    if not (need_dx or need_dw):
-        return None, None
-    grad_x, grad_w, _ = torch.ops.aten.convolution_backward.default(
-        dy, x, cast(weight, x), None, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups,
-        [need_dx, need_dw, False],
-    )  # fmt: skip
+    grad_x = grad_w = None
+    if is_nhwc(dy):
+        if need_dx and _winograd_runs("dgrad", x, weight, geometry, batch_statistics):
+            grad_x, need_dx = _winograd.dgrad(dy, weight, ph), False
+        if need_dw and _winograd_runs("wgrad", x, weight, geometry, batch_statistics):
+            grad_w, need_dw = _winograd.wgrad(dy, x, ph), False
+    if need_dx or need_dw:
+        vendor_x, vendor_w, _ = torch.ops.aten.convolution_backward.default(
+            dy, x, cast(weight, x), None, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups,
+            [need_dx, need_dw, False],
+        )  # fmt: skip
+        grad_x = vendor_x if need_dx else grad_x
+        grad_w = vendor_w if need_dw else grad_w
     return grad_x, None if grad_w is None else grad_w.to(weight.dtype)
 
 

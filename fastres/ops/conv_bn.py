@@ -49,7 +49,8 @@ def _conv_bn_act(
     relu: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y = dense(conv_fwd(dense(x, "conv_bn"), weight, bias, geometry), "conv_bn conv output")
+    y = conv_fwd(dense(x, "conv_bn"), weight, bias, geometry, training)
+    y = dense(y, "conv_bn conv output")
     z, mask, stats, res_stats = _bn_act(
         y, gamma, beta, running_mean, running_var, training, eps, residual, res_gamma, res_beta,
         res_running_mean, res_running_var, res_training, res_eps, relu, save,
@@ -97,7 +98,8 @@ def _conv_bn_act_bwd(
         dz, mask, y, stats, gamma, beta, training, residual, res_stats, res_gamma, res_training,
         relu, has_shortcut,
     )  # fmt: skip
-    dx, dw = conv_bwd(dy, dense(x, "conv_bn backward"), weight, geometry, need_dx, need_dw)
+    x = dense(x, "conv_bn backward")
+    dx, dw = conv_bwd(dy, x, weight, geometry, need_dx, need_dw, training)
     none = stats.new_empty(0)
     db = dy.sum((0, 2, 3), dtype=stats.dtype) if need_db else none.clone()
     return (
