@@ -117,7 +117,8 @@ def measure(n: int, c: int, k: int, h: int, dtype: str, budget: float) -> list[d
         why = _winograd.why_not(name, (n, c, h, h), DTYPES[dtype], k, GEOMETRY, (3, 3))
         rows.append({
             "pass": name, "dtype": dtype, "N": n, "C": c, "K": k, "H": h,
-            "onednn_ms": 1e3 * statistics.median(theirs), "winograd_ms": 1e3 * statistics.median(mine),
+            "onednn_ms": 1e3 * statistics.median(theirs),
+            "winograd_ms": 1e3 * statistics.median(mine),
             "ratio": statistics.median(a / b for a, b in zip(theirs, mine, strict=True)),
             "gflops": 18e-9 * n * h * h * c * k / statistics.median(mine),
             "onednn_error": rms(vendor(), truth), "winograd_error": rms(ours(), truth),

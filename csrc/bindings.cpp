@@ -135,18 +135,18 @@ void winograd_weights(Ptr u, Ptr w, int dtype, I64 k, I64 c, I64 stride_k, I64 s
 
 void winograd_fprop(Ptr y, Ptr x, Ptr u, Ptr w, I64 stride_k, I64 stride_c, I64 stride_r,
                     I64 stride_s, bool turned, Ptr bias, Ptr residual, bool relu, int dtype, I64 n,
-                    I64 height, I64 width, I64 c, I64 k, I64 padding) {
+                    I64 height, I64 width, I64 c, I64 k, I64 padding, I64 threads) {
   kernels().winograd_fprop(
       {any(y), any(x), f32(u),
        winograd(w, dtype, k, c, stride_k, stride_c, stride_r, stride_s, turned), f32(bias),
        any(residual), relu, dtype, n, height, width, c, k, padding, height + 2 * padding - 2,
-       width + 2 * padding - 2});
+       width + 2 * padding - 2, threads});
 }
 
 void winograd_wgrad(Ptr dw, Ptr dy, Ptr x, int dtype, I64 n, I64 h, I64 w, I64 c, I64 k,
-                    I64 padding) {
+                    I64 padding, I64 threads) {
   kernels().winograd_wgrad({f32(dw), any(dy), any(x), dtype, n, h, w, c, k, padding,
-                            h + 2 * padding - 2, w + 2 * padding - 2});
+                            h + 2 * padding - 2, w + 2 * padding - 2, threads});
 }
 
 // The yardstick of the benchmark suites (bench/): memcpy on the same threads, in chunks of 256 KiB.

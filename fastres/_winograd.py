@@ -116,7 +116,7 @@ def wgrad(dy: Tensor, x: Tensor, padding: int) -> Tensor:
     dw = torch.empty((dy.shape[1], c, 3, 3), dtype=torch.float32, memory_format=_CL)
     _native.module().winograd_wgrad(
         dw.data_ptr(), dy.data_ptr(), x.data_ptr(), _DTYPE[x.dtype], n, h, w, c, dy.shape[1],
-        padding,
+        padding, torch.get_num_threads(),
     )  # fmt: skip
     return dw
 
@@ -144,6 +144,6 @@ def _fprop(
         out.data_ptr(), x.data_ptr(), 0 if u is None else u.data_ptr(),
         0 if weight is None else weight.data_ptr(), *strides, turned,
         0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(),
-        relu, _DTYPE[x.dtype], n, h, w, c, k, padding,
+        relu, _DTYPE[x.dtype], n, h, w, c, k, padding, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -123,13 +123,14 @@ struct WinogradFprop {
   bool relu;
   int dtype;
   int64_t n, h, w, c, k, padding, oh, ow;
+  int64_t threads;  // of the pool: how finely to cut
 };
 
 struct WinogradWgrad {
   float* dw;  // (K, 3, 3, C)
   const void *dy, *x;
   int dtype;
-  int64_t n, h, w, c, k, padding, oh, ow;
+  int64_t n, h, w, c, k, padding, oh, ow, threads;
 };
 
 // Every variant fills one table; runtime.cpp picks the table once.

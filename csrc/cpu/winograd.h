@@ -114,10 +114,12 @@ FASTRES_INLINE void both_ways(const VF (&in)[R][R], VF (&out)[S][S], const F& tr
 // kSlice at a time: a long sum in one accumulator would lose digits that a direct convolution
 // keeps.
 constexpr int64_t kSlice = 128;
+constexpr int64_t kAhead = 24;  // steps: the operands come from L2 and L3, in runs of a page
 
 template <int MR>
 FASTRES_INLINE void multiply(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step,
                              const float* b, int64_t b_step, int64_t b_vec, int64_t depth) {
+  const float* next = a + (a_step == 1 ? MR * a_row : kAhead * a_step);
   for (int64_t done = 0; done < depth; done += kSlice) {
     const int64_t end = min64(depth, done + kSlice);
     VF acc[MR][kVecs];
@@ -126,10 +128,14 @@ FASTRES_INLINE void multiply(float* c, int64_t c_row, const float* a, int64_t a_
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[r][v] = zero();
     }
-    for (int64_t k = done; k < end; ++k, a += a_step, b += b_step) {
+    for (int64_t k = done; k < end; ++k, a += a_step, b += b_step, next += 16) {
       VF bv[kVecs];
+      fetch(next);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) bv[v] = load(b + v * b_vec, Full{});
+      for (int v = 0; v < kVecs; ++v) {
+        bv[v] = load(b + v * b_vec, Full{});
+        fetch(b + v * b_vec + kAhead * b_step);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < MR; ++r) {
         const VF x = splat(a[r * a_row]);

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kSkew = 16;       // floats: power-of-two strides would share one set of L1
 constexpr int64_t kRowGroup = 12;   // tiles of one pass of `multiply`, where they suffice
+constexpr int64_t kMostPanels = 4;  // so that the products of so many tiles stay in L2
 constexpr int64_t kMostTiles = 48;  // a panel of weights is then read every 24 flops a byte
 constexpr int64_t kL2 = 512 << 10;  // bytes: half of an L2
 constexpr int64_t kL3 = 12 << 20;   // bytes: part of an L3
@@ -25,11 +26,11 @@ struct Inputs {
   int64_t floats() const { return kPoints * plane; }
 };
 
-// The products (36, tile, kCols) of one panel.
+// The products (panel, 36, tile, kCols).
 struct Products {
   int64_t tiles, plane;  // floats
   explicit Products(int64_t tiles) : tiles(tiles), plane(tiles * kCols + kSkew) {}
-  int64_t floats() const { return kPoints * plane; }
+  int64_t floats() const { return kPoints * plane; }  // of one panel
 };
 
 float* floats(int slot, int64_t count) {
@@ -98,24 +99,28 @@ void transform_inputs(float* v, const Inputs& in, const WinogradFprop& p, const 
   }
 }
 
-// 3. m (36, tile, kCols) = v (36, tile, C) u (36, C, kCols)
+// 3. m (panel, 36, tile, kCols) = v (36, tile, C) u (panel, 36, C, kCols). All panels of a point
+// before the next point: v and u come from L3, and each is then read from there once.
 void multiply_all(float* m, const Products& out, const float* v, const Inputs& in, const float* u,
-                  int64_t c) {
+                  int64_t panels, int64_t c) {
   constexpr int kRows = kW >= 16 ? kRowGroup : 2;  // accumulators: 24 of 32 registers, or 8 of 16
-  for (int point = 0; point < kPoints; ++point, u += c * kCols) {
+  for (int point = 0; point < kPoints; ++point) {
     const float* a = v + point * in.plane;
-    float* to = m + point * out.plane;
-    int64_t t = 0;
-    const auto rows = [&](auto count) {
-      constexpr int kR = decltype(count)::value;
-      for (; t + kR <= out.tiles; t += kR) {
-        multiply<kR>(to + t * kCols, kCols, a + t * in.row, in.row, 1, u, kCols, kW, c);
-      }
-    };
-    rows(std::integral_constant<int, kRows>{});
-    if (kRows > 8) rows(std::integral_constant<int, 8>{});
-    if (kRows > 4) rows(std::integral_constant<int, 4>{});
-    rows(std::integral_constant<int, 1>{});
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const float* b = u + panel * panel_floats(c) + point * c * kCols;
+      float* to = m + panel * out.floats() + point * out.plane;
+      int64_t t = 0;
+      const auto rows = [&](auto count) {
+        constexpr int kR = decltype(count)::value;
+        for (; t + kR <= out.tiles; t += kR) {
+          multiply<kR>(to + t * kCols, kCols, a + t * in.row, in.row, 1, b, kCols, kW, c);
+        }
+      };
+      rows(std::integral_constant<int, kRows>{});
+      if (kRows > 8) rows(std::integral_constant<int, 8>{});
+      if (kRows > 4) rows(std::integral_constant<int, 4>{});
+      rows(std::integral_constant<int, 1>{});
+    }
   }
 }
 
@@ -182,14 +187,15 @@ void convolve_by_tiles(const WinogradFprop& p, const TileGrid& g) {
       const Products out(min64(size, g.count - first));
       transform_inputs<T>(v, in, p, g, first, 0, out.tiles);
       for (int64_t panel = 0; panel < panels; ++panel) {
-        multiply_all(m, out, v, in, u + panel * panel_floats(p.c), p.c);
+        multiply_all(m, out, v, in, u + panel * panel_floats(p.c), 1, p.c);
         transform_outputs<T>(p, g, first, m, out, panel * kCols);
       }
     }
   });
 }
 
-// Many weights: they are read, or made, once for as many tiles as L3 holds; a thread takes a panel.
+// Many weights: they are read, or made, once for as many tiles as L3 holds; a thread takes a few
+// panels of them.
 template <class T>
 void convolve_by_panels(const WinogradFprop& p, const TileGrid& g) {
   const int64_t panels = ceil_div(p.k, kCols);
@@ -203,22 +209,29 @@ void convolve_by_panels(const WinogradFprop& p, const TileGrid& g) {
       transform_inputs<T>(v, in, p, g, first, begin, end);
     });
     const int64_t blocks = ceil_div(count, kMostTiles);
-    parallel(panels * blocks, 1, [&](int64_t begin, int64_t end) {
-      float* m = floats(1, Products(kMostTiles).floats() + panel_floats(p.c));
-      float* own = m + Products(kMostTiles).floats();
+    const int64_t size = max64(1, min64(kMostPanels, panels * blocks / (2 * p.threads)));
+    parallel(ceil_div(panels, size) * blocks, 1, [&](int64_t begin, int64_t end) {
+      const int64_t products = size * Products(kMostTiles).floats();
+      float* m = floats(1, products + (p.u == nullptr ? size * panel_floats(p.c) : 0));
+      float* own = m + products;
       int64_t made = -1;
       for (int64_t job = begin; job < end; ++job) {
-        const int64_t panel = job / blocks, from = job % blocks * kMostTiles;
+        const int64_t panel = job / blocks * size, from = job % blocks * kMostTiles;
+        const int64_t here = min64(size, panels - panel);
         const float* u = own;
         if (p.u != nullptr) {
           u = p.u + panel * panel_floats(p.c);
         } else if (panel != made) {
-          transform_weights(own, p.weights, panel, 0, p.c);
+          for (int64_t i = 0; i < here; ++i) {
+            transform_weights(own + i * panel_floats(p.c), p.weights, panel + i, 0, p.c);
+          }
           made = panel;
         }
         const Products out(min64(kMostTiles, count - from));
-        multiply_all(m, out, v + from * in.row, in, u, p.c);
-        transform_outputs<T>(p, g, first + from, m, out, panel * kCols);
+        multiply_all(m, out, v + from * in.row, in, u, here, p.c);
+        for (int64_t i = 0; i < here; ++i) {
+          transform_outputs<T>(p, g, first + from, m + i * out.floats(), out, (panel + i) * kCols);
+        }
       }
     });
   }

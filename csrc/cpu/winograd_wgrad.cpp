@@ -11,13 +11,27 @@ namespace FASTRES_ISA {
 namespace {
 
 constexpr int kRows = kW >= 16 ? 8 : 2;  // input channels of one pass of `multiply`
-constexpr int kGroup = 16;               // of one job: a line of dw in (K, 3, 3, C)
+constexpr int kGroup = 16;               // of `finish`: a line of dw in (K, 3, 3, C)
+constexpr int64_t kChunk = 4 << 20;      // bytes of both transformed tensors of a chunk
 
-// Tiles a chunk: both transformed tensors within about half of an L3, yet enough tiles for a sum
-// that the transform of its result, once a chunk, costs little.
-int64_t tiles_a_chunk(int64_t channels) {
-  return max64((12 << 20) / (kPoints * 4 * channels), 128);
-}
+// Tiles a chunk: few enough for the caches, yet enough for a sum that the transform of its result,
+// once a chunk, costs little.
+int64_t tiles_a_chunk(int64_t channels) { return max64(kChunk / (kPoints * 4 * channels), 128); }
+
+// What a thread computes of dw at a time, groups x panels of kGroup x kCols channels: the larger,
+// the fewer times the transformed tensors are read; up to 4 x 2 the products stay in L2.
+struct Cut {
+  int64_t groups, panels;  // of a job
+  int64_t across, jobs;    // jobs along the panels, all jobs
+  Cut(int64_t c, int64_t k, int64_t threads) : groups(4), panels(2) {
+    const int64_t all_groups = ceil_div(c, kGroup), all_panels = ceil_div(k, kCols);
+    const auto count = [&] { return ceil_div(all_groups, groups) * ceil_div(all_panels, panels); };
+    while (groups > 1 && count() < 2 * threads) groups /= 2;
+    if (count() < 2 * threads) panels = 1;
+    across = ceil_div(all_panels, panels);
+    jobs = count();
+  }
+};
 
 // A transformed tensor of a chunk: (36, channels / kW, tile, kW), so that a sum over tiles runs
 // along memory. Planes are skewed, see winograd_fprop.cpp.
@@ -51,7 +65,8 @@ void transform_chunk(float* v, const T* x, int64_t h, int64_t w, int64_t c, int6
   }
 }
 
-// 3. dw (K, 3, 3, C) (+)= G^T m G for kGroup input channels from c, kCols output channels from k
+// 3. dw (K, 3, 3, C) (+)= G^T m G for kGroup input channels from c, kCols output channels from k;
+// m (36, kGroup, kCols)
 void finish(const WinogradWgrad& p, const float* m, int64_t c, int64_t k, bool add_to) {
   const int64_t rows = min64(kGroup, p.c - c), width = min64(kCols, p.k - k);
   float taps[9][kGroup][kCols];
@@ -80,6 +95,7 @@ void accumulate(const WinogradWgrad& p) {
   const TileGrid g(p.n, p.oh, p.ow);
   const int64_t chunks = ceil_div(g.count, tiles_a_chunk(p.c + p.k));
   const int64_t size = ceil_div(g.count, chunks);
+  const Cut cut(p.c, p.k, p.threads);
   for (int64_t first = 0; first < g.count; first += size) {
     const int64_t count = min64(size, g.count - first);
     const Chunk xs(first, count, p.c), ys(first, count, p.k);
@@ -92,20 +108,33 @@ void accumulate(const WinogradWgrad& p) {
       transform_chunk<kTile>(d, static_cast<const T*>(p.dy), p.oh, p.ow, p.k, 0,
                              GradientTransform{}, g, ys, begin, end);
     });
-    // 2. m (36, kGroup, kCols) = sum over tiles of v (36, C, tile) d (36, tile, K)
-    const int64_t groups = ceil_div(p.c, kGroup), panels = ceil_div(p.k, kCols);
-    parallel(groups * panels, 1, [&](int64_t begin, int64_t end) {
-      float* m = static_cast<float*>(scratch(1, kPoints * kGroup * kCols * sizeof(float)));
+    // 2. m (group, panel, 36, kGroup, kCols) = sum over tiles of v (36, C, tile) d (36, tile, K),
+    // point by point, so that the channels of a job are read once
+    constexpr int64_t kProducts = kPoints * kGroup * kCols;
+    parallel(cut.jobs, 1, [&](int64_t begin, int64_t end) {
+      const size_t bytes = static_cast<size_t>(cut.groups * cut.panels * kProducts) * sizeof(float);
+      float* m = static_cast<float*>(scratch(1, bytes));
       for (int64_t job = begin; job < end; ++job) {
-        const int64_t c = job / panels * kGroup, k = job % panels * kCols;
-        for (int point = 0; point < kPoints; ++point) {
-          for (int r = 0; r < kGroup; r += kRows) {
-            multiply<kRows>(m + (point * kGroup + r) * kCols, kCols,
-                            v + point * xs.plane + xs.at(c + r, 0), 1, kW,
-                            d + point * ys.plane + ys.at(k, 0), kW, count * kW, count);
+        const int64_t c0 = job / cut.across * cut.groups * kGroup;
+        const int64_t k0 = job % cut.across * cut.panels * kCols;
+        const auto each = [&](auto&& f) {
+          for (int64_t i = 0; i < cut.groups; ++i) {
+            for (int64_t j = 0; j < cut.panels; ++j) {
+              const int64_t c = c0 + i * kGroup, k = k0 + j * kCols;
+              if (c < p.c && k < p.k) f(m + (i * cut.panels + j) * kProducts, c, k);
+            }
           }
+        };
+        for (int point = 0; point < kPoints; ++point) {
+          each([&](float* to, int64_t c, int64_t k) {
+            for (int r = 0; r < kGroup; r += kRows) {
+              multiply<kRows>(to + (point * kGroup + r) * kCols, kCols,
+                              v + point * xs.plane + xs.at(c + r, 0), 1, kW,
+                              d + point * ys.plane + ys.at(k, 0), kW, count * kW, count);
+            }
+          });
         }
-        finish(p, m, c, k, first > 0);
+        each([&](float* from, int64_t c, int64_t k) { finish(p, from, c, k, first > 0); });
       }
     });
   }

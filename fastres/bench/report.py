@@ -204,7 +204,8 @@ def _roofline_note(cases: list[dict[str, Any]]) -> list[str]:
     return [
         f"roof: percent of the img/s that fastres's kernels would reach at the copy bandwidth "
         f"({found[0][1]['bandwidth'] / 1e9:,.0f} GB/s) and matrix product rate (TFLOP/s: {speeds}) "
-        f"measured in this run: {ceilings}; docs/roofline.md"
+        f"measured in this run: {ceilings}; Winograd's algorithm on the CPU multiplies less than "
+        "that counts, and may pass 100%; docs/roofline.md"
     ]
 
 
