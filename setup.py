@@ -60,7 +60,7 @@ class BuildNative(build_ext):
             shutil.rmtree(build, ignore_errors=True)
             if subprocess.run(configure).returncode != 0:
                 raise SystemExit("fastres: CMake could not configure the build, see above")
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        jobs = os.environ.get("MAX_JOBS") or str(default_jobs())
         if subprocess.run([tool("cmake"), "--build", str(build), "-j", jobs]).returncode != 0:
             raise SystemExit("fastres: the native build failed, see the compiler's message above")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,8 @@ class BuildNative(build_ext):
         lines = [
             f"fastres: built {target.name} with {info['compiler']} for {info['system']}",
             f"  CPU kernels: built: {', '.join(info['cpu_variants'])} (chosen at run time)",
-            *(f"  {what}: not built: {why}" for what, why in info["not_built"].items()),
+            *cuda_lines(info),
+            *(f"  {what}: NOT BUILT: {why}" for what, why in info["not_built"].items()),
             "  Triton kernels: nothing to build, compiled on first use",
             "  check with: fastres doctor",
         ]
@@ -114,6 +115,24 @@ class BuildNative(build_ext):
                 terminal.write("\n" + text + "\n")
         except OSError:
             pass
+
+
+def default_jobs() -> int:
+    """One a core, and no more than the free memory holds: a compiler takes up to 1.5 GB."""
+    cores = os.cpu_count() or 1
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return cores
+    return max(1, min(cores, int(free / 1.5e6)))
+
+
+def cuda_lines(info: dict) -> list[str]:
+    cuda = info["cuda"]
+    if cuda is None:
+        return []
+    return [f"  CUDA kernels: built: nvcc {cuda['nvcc']} for {cuda['code']}"]
 
 
 def replace(source: Path, target: Path) -> None:

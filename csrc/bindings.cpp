@@ -8,6 +8,9 @@
 
 #include "build_info.h"
 #include "cpu/runtime.h"
+#ifdef FASTRES_CUDA
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -200,4 +203,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("tune_malloc", &tune_malloc, "Keep large blocks on the heap (glibc); False elsewhere.");
   m.def("untune_malloc", &untune_malloc, "glibc's defaults again; False elsewhere.");
   m.attr("build_info") = kBuildInfo;
+#ifdef FASTRES_CUDA
+  auto cuda_module = m.def_submodule("cuda", "CUDA kernels of docs/kernels.md on raw addresses.");
+  fastres::cuda::bind(cuda_module);
+#endif
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 MODULES = {
     "cpu": "fastres._cpu",
     "triton": "fastres.kernels",
+    "cuda": "fastres._cuda",
     "reference": "fastres._reference_backend",
 }
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,8 +44,8 @@ def unavailable(name: str) -> str | None:
         from . import _native
 
         return _native.why_missing()
-    if name == "triton":
-        return importlib.import_module("fastres.kernels").why_missing()
+    if name in ("triton", "cuda"):
+        return importlib.import_module(MODULES[name]).why_missing()
     return None
 
 
@@ -65,6 +66,10 @@ def supports(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
                 "Triton kernels take CUDA tensors (or CPU ones under TRITON_INTERPRET=1), "
                 f"not {device.type}"
             )
+    if name == "cuda" and device.type != "cuda":
+        cuda = importlib.import_module("fastres._cuda")
+        if device.type != "cpu" or not cuda.on_host():
+            return f"the CUDA C++ kernels take CUDA tensors, not {device.type}"
     return unavailable(name)
 
 
@@ -102,8 +107,8 @@ def select(x: Tensor) -> ModuleType:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every fastres op inside the block on one backend ("cpu", "triton", "reference"), or
-    raise.
+    """Run every fastres op inside the block on one backend ("cpu", "triton", "cuda",
+    "reference"), or raise.
 
     Process-wide, because autograd runs a CUDA backward in its own threads. Raises BackendError at
     once when the backend is unknown or unavailable in this process."""

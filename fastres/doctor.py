@@ -56,7 +56,7 @@ def examine() -> dict[str, Any]:
         },
         "native": native,
         "compilers": {name: _compiler(name) for name in ("c++", "g++", "clang++", "nvcc")},
-        "backends": {name: _why_off(name, native) for name in BACKENDS},
+        "backends": {name: _why_off(name) for name in BACKENDS},
         "malloc": _malloc(),
         "threads": _threads(native),
     }
@@ -130,24 +130,18 @@ def _compiler(name: str) -> str | None:
     return wanted[0].strip() if wanted else "found, but --version fails"
 
 
-def _why_off(name: str, native: dict[str, Any]) -> str | None:
+def _why_off(name: str) -> str | None:
     """None when backend `name` can be used in this process, otherwise the reason."""
     try:
         from fastres import backends
     except ImportError as error:
         return _reason(error)
-    if name in backends.MODULES:
-        try:
-            return backends.unavailable(name)
-        except ImportError as error:
-            return f"{_reason(error)}; `pip install -e .` in the repository installs it"
-        except Exception as error:
-            return _reason(error)
-    build = native["build"] or {}
-    if build.get("cuda"):
-        return f"built for {build['cuda']}, but this version has no ops that use it"
-    skipped = build.get("not_built", {})
-    return next((why for what, why in skipped.items() if name in what.lower()), "it was not built")
+    try:
+        return backends.unavailable(name)
+    except ImportError as error:
+        return f"{_reason(error)}; `pip install -e .` in the repository installs it"
+    except Exception as error:
+        return _reason(error)
 
 
 def _malloc() -> dict[str, Any]:

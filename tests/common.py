@@ -13,6 +13,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 
+import cuda_host
 import pytest
 import torch
 from torch import Tensor
@@ -20,8 +21,12 @@ from torch import Tensor
 from fastres import reference as ref
 from fastres._layout import mask_shape, outer_inner, rows
 
+# The CUDA C++ kernels run on a GPU, or on the host shim in the processes that test_cuda_host.py
+# starts: nowhere else would their tests have anything to do.
 BACKENDS = ("cpu", "triton")
-MODULES = {"cpu": "fastres._cpu", "triton": "fastres.kernels"}
+if torch.cuda.is_available() or cuda_host.wanted():
+    BACKENDS += ("cuda",)
+MODULES = {"cpu": "fastres._cpu", "triton": "fastres.kernels", "cuda": "fastres._cuda"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
@@ -44,6 +49,8 @@ SHAPES = {
     ],
     # thin: the interpreter runs one program at a time in Python
     "triton": [(2, 35, 7, 7), (1, 1, 5, 3), (4, 40, 1, 1), (2, 130, 5, 3)],
+    # on the host shim a thread is a fiber
+    "cuda": [(2, 35, 7, 7), (1, 1, 5, 3), (4, 40, 1, 1), (9, 24, 8, 6), (2, 264, 5, 3)],
 }
 THIN = (2, 35, 7, 7), (2, 130, 13, 11)  # FASTRES_TEST_THIN=1: the other ISA variants
 POOLS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)]  # kernel, stride, padding
@@ -72,6 +79,8 @@ class Case:
 
 @functools.cache
 def _missing(name: str) -> str | None:
+    if name == "cuda" and cuda_host.wanted():
+        importlib.import_module(MODULES[name]).use_host(cuda_host.module())
     module = importlib.import_module("fastres._native" if name == "cpu" else MODULES[name])
     return module.why_missing()
 
@@ -248,15 +257,18 @@ def assert_same_bits(what: str, a: Tensor, b: Tensor) -> None:
 
 
 def assert_deterministic(outputs) -> None:
-    """outputs() -> {name: tensor} gives the same bits twice, and with 1 thread and with 2."""
+    """outputs() -> {name: tensor} gives the same bits twice, and with 1 thread and with 2; on the
+    host shim, in three orders of the blocks and threads."""
     before = torch.get_num_threads()
     try:
         results = []
-        for threads in (2, 1, 2):
+        for order, threads in enumerate((2, 1, 2)):
             torch.set_num_threads(threads)
+            cuda_host.set_order(order)
             results.append(outputs())
     finally:
         torch.set_num_threads(before)
+        cuda_host.set_order(0)
     for other in results[1:]:
         for name, value in results[0].items():
             assert_same_bits(name, value, other[name])

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `from common import ...`
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import cuda_host  # noqa: E402
 import pytest  # noqa: E402
 
 # No user's plan decides what the tests run.
@@ -48,12 +49,12 @@ class OnGpu(TorchFunctionMode):
 
 @pytest.fixture
 def gpu():
-    """The one place where a test of the Triton kernels gets its device: the GPU where there is one.
+    """The one place where a test of the GPU kernels gets its device: the GPU where there is one.
 
     Without TF32: the tests of fp32 compare fp32."""
     from fastres.kernels import interpreting
 
-    if not torch.cuda.is_available() or interpreting():
+    if not torch.cuda.is_available() or interpreting() or cuda_host.wanted():
         yield
         return
     before = torch.backends.cudnn.allow_tf32
@@ -67,7 +68,8 @@ def gpu():
 
 @pytest.fixture(autouse=True)
 def _gpu_for_triton(request):
-    """Every test with a parameter that names the Triton backend takes `gpu`."""
+    """Every test with a parameter that names a GPU backend takes `gpu`."""
     params = getattr(getattr(request.node, "callspec", None), "params", {})
-    if any("triton" in (v, getattr(v, "backend", None)) for v in params.values()):
+    named = [n for v in params.values() for n in (v, getattr(v, "backend", None))]
+    if "triton" in named or "cuda" in named:
         request.getfixturevalue("gpu")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 
+import cuda_host
 import pytest
 import torch
-from common import backend
+from common import BACKENDS, backend
 
 import fastres
 from fastres import counters, plan, selfcheck
@@ -27,10 +28,11 @@ def cache(tmp_path, monkeypatch):
     selfcheck.forget()
 
 
-@pytest.mark.parametrize("name, family", [
-    ("cpu", "passes"), ("cpu", "pool"), ("triton", "passes"), ("triton", "pool"),
-    ("triton", "convs"),
-])  # fmt: skip
+ON_CPU = [name for name in BACKENDS if name != "cuda" or cuda_host.wanted()]
+RIGHT = [(name, family) for name in ON_CPU for family in ("passes", "pool")]
+
+
+@pytest.mark.parametrize("name, family", [*RIGHT, ("triton", "convs")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_right_kernels_pass(name, family, dtype):
     assert selfcheck.run(backend(name), CPU, family, dtype) is None

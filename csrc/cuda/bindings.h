@@ -1,0 +1,12 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastres {
+namespace cuda {
+
+// Adds the launchers to `m`: fastres._C.cuda, or the tests' module on the host shim.
+void bind(pybind11::module_& m);
+
+}  // namespace cuda
+}  // namespace fastres

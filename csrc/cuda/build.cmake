@@ -1,0 +1,147 @@
+# The CUDA kernels, compiled by nvcc as custom commands: a toolkit that is missing, too old or at
+# odds with the C++ compiler is a reason in FASTRES_CUDA_WHY, never an error of the whole build.
+#
+# In, from the environment: FASTRES_SKIP_CUDA=1; FASTRES_CUDA_ARCHS="80;90a" (default: the GPUs of
+# this machine, otherwise 80, 90a and 100a); CUDACXX, CUDA_HOME or CUDA_PATH (default: nvcc on PATH).
+# Out: FASTRES_CUDA_OBJECTS, FASTRES_CUDA_RUNTIME (the static library), FASTRES_CUDA_INFO (JSON),
+# and FASTRES_CUDA_WHY, empty when all is well.
+
+set(FASTRES_CUDA_OBJECTS "")
+set(FASTRES_CUDA_RUNTIME "")
+set(FASTRES_CUDA_INFO "null")
+set(FASTRES_CUDA_WHY "")
+set(FASTRES_CUDA_OLDEST 12.0)  # sm_90a
+set(FASTRES_CUDA_100A 12.8)
+
+function(fastres_cuda_archs version result)
+  string(REGEX REPLACE "[ ,]+" ";" asked "$ENV{FASTRES_CUDA_ARCHS}")
+  if(asked STREQUAL "")
+    execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+                    OUTPUT_VARIABLE here ERROR_QUIET RESULT_VARIABLE failed)
+    if(failed STREQUAL "0")
+      string(REGEX MATCHALL "[0-9]+\\.[0-9]+" here "${here}")
+      foreach(capability ${here})
+        string(REPLACE "." "" arch "${capability}")
+        if(arch STREQUAL "90" OR arch STREQUAL "100")
+          string(APPEND arch "a")
+        endif()
+        list(APPEND asked ${arch})
+      endforeach()
+      list(REMOVE_DUPLICATES asked)
+    endif()
+  endif()
+  if(asked STREQUAL "")
+    set(asked 80 90a)
+    if(version VERSION_GREATER_EQUAL FASTRES_CUDA_100A)
+      list(APPEND asked 100a)
+    endif()
+  endif()
+  set(${result} ${asked} PARENT_SCOPE)
+endfunction()
+
+function(fastres_find_cuda)
+  if(NOT "$ENV{FASTRES_SKIP_CUDA}" MATCHES "^(|0)$")
+    set(FASTRES_CUDA_WHY "FASTRES_SKIP_CUDA is set" PARENT_SCOPE)
+    return()
+  endif()
+  # 1. the compiler: looked for anew in every build, the environment may have changed
+  unset(found CACHE)
+  set(named "$ENV{CUDACXX}")
+  foreach(home "$ENV{CUDA_HOME}" "$ENV{CUDA_PATH}")
+    if(home AND NOT named)
+      set(named "${home}/bin/nvcc")
+    endif()
+  endforeach()
+  if(named)
+    find_program(found NAMES "${named}" NO_DEFAULT_PATH)
+  else()
+    find_program(found NAMES nvcc HINTS /usr/local/cuda/bin)
+  endif()
+  set(nvcc "${found}")
+  unset(found CACHE)
+  if(NOT nvcc AND named)
+    set(FASTRES_CUDA_WHY "no CUDA toolkit: ${named} does not exist" PARENT_SCOPE)
+    return()
+  elseif(NOT nvcc)
+    set(FASTRES_CUDA_WHY "no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is not set" PARENT_SCOPE)
+    return()
+  endif()
+  # 2. its version
+  execute_process(COMMAND ${nvcc} --version OUTPUT_VARIABLE text ERROR_VARIABLE text)
+  if(NOT text MATCHES "release ([0-9]+\\.[0-9]+)")
+    set(FASTRES_CUDA_WHY "${nvcc} --version tells no version" PARENT_SCOPE)
+    return()
+  endif()
+  set(version ${CMAKE_MATCH_1})
+  if(version VERSION_LESS FASTRES_CUDA_OLDEST)
+    set(FASTRES_CUDA_WHY
+        "${nvcc} is CUDA ${version}, too old: ${FASTRES_CUDA_OLDEST} or newer is needed" PARENT_SCOPE)
+    return()
+  endif()
+  # 3. the static runtime, so that fastres._C loads where there is no CUDA at all
+  execute_process(COMMAND ${nvcc} -dryrun -x cu -c /dev/null -o /dev/null ERROR_VARIABLE text
+                  OUTPUT_QUIET)
+  string(REGEX MATCHALL "-L[^\" \n]+" folders "${text}")
+  list(TRANSFORM folders REPLACE "^-L" "")
+  unset(found CACHE)
+  find_library(found NAMES libcudart_static.a PATHS ${folders} NO_DEFAULT_PATH)
+  set(runtime "${found}")
+  unset(found CACHE)
+  if(NOT runtime)
+    set(FASTRES_CUDA_WHY "${nvcc} has no libcudart_static.a" PARENT_SCOPE)
+    return()
+  endif()
+  # 4. code for which GPUs: PTX of the oldest for all later ones
+  fastres_cuda_archs(${version} archs)
+  set(gencode "")
+  foreach(arch ${archs})
+    list(APPEND gencode -gencode arch=compute_${arch},code=sm_${arch})
+  endforeach()
+  list(APPEND gencode -gencode arch=compute_80,code=compute_80)
+  # -fmad=false: an fma only where the source says fmaf (device.cuh)
+  set(flags -std=c++17 -O3 -fmad=false -ccbin ${CMAKE_CXX_COMPILER}
+      -Xcompiler -fPIC,-fvisibility=hidden,-Wall ${gencode})
+  # 5. does it compile at all with this C++ compiler? Remembered as long as nothing changes
+  set(key "${nvcc} ${version} ${flags}")
+  if(NOT "${FASTRES_CUDA_PROBED}" STREQUAL "${key}")
+    set(probe ${CMAKE_BINARY_DIR}/cuda_probe)
+    file(WRITE ${probe}.cu "#include <string>\n__global__ void probe(int* p) { *p = 1; }\n")
+    execute_process(COMMAND ${nvcc} ${flags} -c ${probe}.cu -o ${probe}.o RESULT_VARIABLE failed
+                    OUTPUT_VARIABLE text ERROR_VARIABLE text)
+    if(NOT failed STREQUAL "0")
+      string(REGEX MATCH "[^\n]*([Ee]rror|fatal|[Uu]nsupported|not defined)[^\n]*" line "${text}")
+      string(REGEX REPLACE "[\"\\\\;]" "'" line "${line}")
+      string(JOIN " " shown ${archs})
+      set(FASTRES_CUDA_WHY
+          "${nvcc} (CUDA ${version}) does not compile for ${shown} with ${CMAKE_CXX_COMPILER}: ${line}"
+          PARENT_SCOPE)
+      return()
+    endif()
+    set(FASTRES_CUDA_PROBED "${key}" CACHE INTERNAL "nvcc and flags that compiled a probe")
+  endif()
+  # 6. the objects
+  string(JOIN " " code ${archs} ptx80)
+  string(JOIN " " shown ${flags})
+  file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu)
+  file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/cuda)
+  set(objects "")
+  foreach(source ${sources})
+    get_filename_component(name ${source} NAME_WE)
+    set(object ${CMAKE_BINARY_DIR}/cuda/${name}.o)
+    add_custom_command(
+      OUTPUT ${object}
+      COMMAND ${nvcc} ${flags} "-DFASTRES_CUDA_ARCHS=\"${code}\"" -MD -MT ${object} -MF ${object}.d
+              -c ${source} -o ${object}
+      DEPENDS ${source} ${nvcc}
+      DEPFILE ${object}.d
+      COMMENT "nvcc ${name}.cu for ${code}"
+      VERBATIM)
+    list(APPEND objects ${object})
+  endforeach()
+  set(FASTRES_CUDA_OBJECTS ${objects} PARENT_SCOPE)
+  set(FASTRES_CUDA_RUNTIME ${runtime} PARENT_SCOPE)
+  set(FASTRES_CUDA_INFO
+      "{\"nvcc\": \"${version}\", \"code\": \"${code}\", \"flags\": \"${shown}\"}" PARENT_SCOPE)
+endfunction()
+
+fastres_find_cuda()

@@ -1,0 +1,35 @@
+// The launchers of the CUDA kernels: the argument blocks of ../cpu/kernels.h, a workspace of
+// workspace_floats(...) floats where a reduction needs one, and where to run.
+#pragma once
+
+#include <string>
+
+#include "../cpu/kernels.h"
+
+namespace fastres {
+namespace cuda {
+
+// Where a launcher runs: the stream's handle (0: the default stream) and its device.
+struct Place {
+  int device;
+  uintptr_t stream;
+};
+
+void bn_stats(const BnStats& p, float* work, const Place& place);
+void bn_apply(const BnApply& p, const Place& place);
+void bn_bwd_reduce(const BnBwdReduce& p, float* work, const Place& place);
+void bn_bwd_apply(const BnBwdApply& p, const Place& place);
+void add_relu(const AddRelu& p, const Place& place);
+void relu_bwd(const ReluBwd& p, const Place& place);
+void bn_relu_maxpool(const BnReluMaxpool& p, const Place& place);
+void bn_relu_maxpool_bwd_reduce(const BnReluMaxpoolBwd& p, float* work, const Place& place);
+void bn_relu_maxpool_bwd_apply(const BnReluMaxpoolBwd& p, const Place& place);
+
+// Floats of the workspace of a reduction of `parts` sums, for any of its cuts.
+int64_t workspace_floats(const Act& act, int parts);
+
+// Compute capabilities in the build, "80 90a ptx80": machine code, then PTX.
+std::string built_archs();
+
+}  // namespace cuda
+}  // namespace fastres

@@ -1,0 +1,182 @@
+"""The `cuda` backend: the functions of docs/kernels.md on the CUDA C++ kernels of fastres._C.cuda.
+
+Addresses, sizes, device and stream only. Nothing is checked here (fastres/ops does; the launchers
+check alignment, size and arch), nothing waits, and nothing is allocated but the workspace of a
+reduction. The kernels run on the current stream, so that CUDA graphs capture them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+NAME = "cuda"
+
+_NHWC = torch.channels_last
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_GATE = {"none": 0, "mask": 1, "recompute": 2}
+
+_host: ModuleType | None = None
+
+
+def use_host(module: ModuleType | None) -> None:
+    """For tests: run the kernels on CPU tensors, in tests/cuda_host's build of the same sources."""
+    global _host
+    _host = module
+
+
+def on_host() -> bool:
+    """Whether the tests' build on the CPU stands in for the GPU."""
+    return _host is not None
+
+
+def built() -> str | None:
+    """None when fastres._C has the CUDA kernels, otherwise the reason."""
+    missing = _native.why_missing()
+    if missing is not None:
+        return missing
+    if hasattr(_native.module(), "cuda"):
+        return None
+    reasons = (_native.build_info() or {}).get("not_built", {})
+    return f"fastres._C was built without them: {reasons.get('CUDA kernels', 'unknown')}"
+
+
+def why_missing() -> str | None:
+    """None when these kernels can run in this process, otherwise the reason."""
+    if on_host():
+        return None
+    missing = built()
+    if missing is not None:
+        return missing
+    if torch.version.hip:
+        return "the CUDA C++ kernels need an NVIDIA GPU, this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+def _module() -> ModuleType:
+    return _native.module().cuda if _host is None else _host
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _place(x: Tensor) -> tuple[int, int]:
+    """Device index and stream."""
+    if x.is_cuda:
+        index = x.device.index
+        return index, torch._C._cuda_getCurrentRawStream(index)
+    if on_host() and x.device.type == "cpu":
+        return 0, 0
+    raise RuntimeError(f"fastres cuda: the kernels need CUDA tensors, got one on {x.device}")
+
+
+def _sizes(x: Tensor) -> tuple[int, bool, int, int, int]:
+    """dtype code, NHWC, N, C, H * W."""
+    n, c, h, w = x.shape
+    return _DTYPE[x.dtype], x.is_contiguous(memory_format=_NHWC), n, c, h * w
+
+
+def _pool_sizes(x: Tensor, z: Tensor) -> tuple[int, bool, int, int, int, int, int, int]:
+    n, c, h, w = x.shape
+    nhwc = x.is_contiguous(memory_format=_NHWC)
+    return _DTYPE[x.dtype], nhwc, n, c, h, w, z.shape[2], z.shape[3]
+
+
+def _workspace(parts: int, x: Tensor) -> Tensor:
+    """fp32, every element is written before it is read."""
+    floats = _module().workspace_floats(parts, *_sizes(x))
+    return torch.empty(floats, dtype=torch.float32, device=x.device)
+
+
+def bn_stats(mean, var, rstd, x, eps):
+    """mean[c], biased var[c] of x over (N, H, W); rstd = 1 / sqrt(var + eps)."""
+    work = _workspace(2, x)  # a name: it must outlive the call
+    _module().bn_stats(
+        mean.data_ptr(), var.data_ptr(), rstd.data_ptr(), x.data_ptr(), float(eps),
+        work.data_ptr(), *_sizes(x), *_place(x),
+    )  # fmt: skip
+
+
+def bn_apply(
+    z, mask, x, mean, rstd, gamma, beta, residual, res_mean, res_rstd, res_gamma, res_beta, relu
+):
+    """z = act(normalise(x) + r), and the bits of the ReLU's gate."""
+    _module().bn_apply(
+        z.data_ptr(), _ptr(mask), x.data_ptr(), _ptr(mean), _ptr(rstd), _ptr(gamma), _ptr(beta),
+        _ptr(residual), _ptr(res_mean), _ptr(res_rstd), _ptr(res_gamma), _ptr(res_beta),
+        res_mean is not None, bool(relu), *_sizes(x), *_place(x),
+    )  # fmt: skip
+
+
+def bn_bwd_reduce(
+    dgamma, dbeta, res_dgamma, dz, mask, x, mean, rstd, gamma, beta,
+    residual, res_mean, res_rstd, gate,
+):  # fmt: skip
+    """dbeta = sum g, dgamma = sum g * xhat, res_dgamma = sum g * res_xhat."""
+    work = _workspace(2 if res_dgamma is None else 3, x)
+    _module().bn_bwd_reduce(
+        dgamma.data_ptr(), dbeta.data_ptr(), _ptr(res_dgamma), dz.data_ptr(), _ptr(mask),
+        x.data_ptr(), _ptr(mean), _ptr(rstd), _ptr(gamma), _ptr(beta),
+        _ptr(residual), _ptr(res_mean), _ptr(res_rstd), _GATE[gate], work.data_ptr(),
+        *_sizes(x), *_place(x),
+    )  # fmt: skip
+
+
+def bn_bwd_apply(
+    dx, dres, dz, mask, x, mean, rstd, gamma, beta, dgamma, dbeta,
+    residual, res_mean, res_rstd, res_gamma, res_dgamma, gate, training, res_training,
+):  # fmt: skip
+    """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M), or gamma * rstd * g; dres alike."""
+    _module().bn_bwd_apply(
+        dx.data_ptr(), _ptr(dres), dz.data_ptr(), _ptr(mask), x.data_ptr(), _ptr(mean), _ptr(rstd),
+        _ptr(gamma), _ptr(beta), _ptr(dgamma), _ptr(dbeta), _ptr(residual), _ptr(res_mean),
+        _ptr(res_rstd), _ptr(res_gamma), _ptr(res_dgamma), _GATE[gate], bool(training),
+        res_mean is not None, bool(res_training), *_sizes(x), *_place(x),
+    )  # fmt: skip
+
+
+def add_relu(z, mask, a, b):
+    """z = relu(a + b), and the bits of the ReLU's gate."""
+    _module().add_relu(z.data_ptr(), _ptr(mask), a.data_ptr(), b.data_ptr(), *_sizes(a), *_place(a))
+
+
+def relu_bwd(dx, dy, dz, mask):
+    """dx = gate(dz) + dy."""
+    _module().relu_bwd(
+        dx.data_ptr(), _ptr(dy), dz.data_ptr(), mask.data_ptr(), *_sizes(dz), *_place(dz)
+    )
+
+
+def bn_relu_maxpool(z, index, x, mean, rstd, gamma, beta, kernel, stride, padding):
+    """z = maxpool(relu(normalise(x))), and the window offset of each maximum."""
+    _module().bn_relu_maxpool(
+        z.data_ptr(), _ptr(index), x.data_ptr(), _ptr(mean), _ptr(rstd), _ptr(gamma), _ptr(beta),
+        kernel, stride, padding, *_pool_sizes(x, z), *_place(x),
+    )  # fmt: skip
+
+
+def bn_relu_maxpool_bwd_reduce(dgamma, dbeta, dz, index, x, mean, rstd, kernel, stride, padding):
+    """bn_bwd_reduce with g gathered from the windows that chose each pixel."""
+    work = _workspace(2, x)
+    _module().bn_relu_maxpool_bwd_reduce(
+        dgamma.data_ptr(), dbeta.data_ptr(), dz.data_ptr(), index.data_ptr(), x.data_ptr(),
+        _ptr(mean), _ptr(rstd), kernel, stride, padding, work.data_ptr(),
+        *_pool_sizes(x, dz), *_place(x),
+    )  # fmt: skip
+
+
+def bn_relu_maxpool_bwd_apply(
+    dx, dz, index, x, mean, rstd, gamma, dgamma, dbeta, kernel, stride, padding, training
+):
+    """bn_bwd_apply with g gathered from the windows that chose each pixel."""
+    _module().bn_relu_maxpool_bwd_apply(
+        dx.data_ptr(), dz.data_ptr(), index.data_ptr(), x.data_ptr(), _ptr(mean), _ptr(rstd),
+        _ptr(gamma), _ptr(dgamma), _ptr(dbeta), kernel, stride, padding, bool(training),
+        *_pool_sizes(x, dz), *_place(x),
+    )  # fmt: skip

@@ -1,0 +1,21 @@
+// The launchers and kernels of csrc/cuda on the host shim, with the bindings of the real module.
+#include <pybind11/pybind11.h>
+
+#include "cuda/bindings.h"
+#include "cuda/launch.cuh"
+
+namespace fastres {
+namespace cuda {
+
+OnDevice::OnDevice(const char*, const Act&, const Place&) : before_(-1) {}
+OnDevice::~OnDevice() {}
+std::string built_archs() { return "host"; }
+
+}  // namespace cuda
+}  // namespace fastres
+
+PYBIND11_MODULE(fastres_cuda_host, m) {
+  fastres::cuda::bind(m);
+  m.def("set_order", &shim::set_order, "0: in order, 1: last first, others: shuffled by this seed");
+  m.def("launches", &shim::launches);
+}
