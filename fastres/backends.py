@@ -100,9 +100,18 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return name, why
 
 
+_selected: dict[tuple[str, torch.dtype], ModuleType] = {}  # by device type; not when forced
+
+
 def select(x: Tensor) -> ModuleType:
     """The backend module that runs an op on x."""
-    return importlib.import_module(MODULES[choose(x.device, x.dtype)[0]])
+    key = x.device.type, x.dtype
+    if not _forced and key in _selected:  # every block asks several times a step
+        return _selected[key]
+    module = importlib.import_module(MODULES[choose(x.device, x.dtype)[0]])
+    if not _forced:
+        _selected[key] = module
+    return module
 
 
 @contextlib.contextmanager
