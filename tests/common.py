@@ -49,8 +49,16 @@ SHAPES = {
     ],
     # thin: the interpreter runs one program at a time in Python
     "triton": [(2, 35, 7, 7), (1, 1, 5, 3), (4, 40, 1, 1), (2, 130, 5, 3)],
-    # on the host shim a thread is a fiber
-    "cuda": [(2, 35, 7, 7), (1, 1, 5, 3), (4, 40, 1, 1), (9, 24, 8, 6), (2, 264, 5, 3)],
+    # thin, on the host shim a thread is a fiber: units of 1 and of 8, one column tile and two,
+    # one chunk of a reduction and several, in each layout
+    "cuda": [
+        (2, 35, 7, 7),
+        (1, 1, 5, 3),
+        (9, 24, 8, 6),
+        (5, 264, 5, 4),
+        (70, 3, 3, 3),
+        (300, 3, 2, 4),
+    ],
 }
 THIN = (2, 35, 7, 7), (2, 130, 13, 11)  # FASTRES_TEST_THIN=1: the other ISA variants
 POOLS = [(3, 2, 1), (2, 2, 0), (3, 1, 1), (5, 3, 2)]  # kernel, stride, padding
@@ -110,7 +118,8 @@ def cases(dtypes=tuple(DTYPES), layouts=tuple(LAYOUTS), shapes=None):
     """pytest parameters `case`, ids backend-dtype-layout-shape."""
     out = []
     for name in BACKENDS:
-        chosen = shapes or (THIN if os.environ.get("FASTRES_TEST_THIN") else SHAPES[name])
+        chosen = shapes.get(name) if isinstance(shapes, dict) else shapes
+        chosen = chosen or (THIN if os.environ.get("FASTRES_TEST_THIN") else SHAPES[name])
         for dtype in dtypes:
             for layout in layouts:
                 for shape in chosen:

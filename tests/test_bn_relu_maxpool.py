@@ -24,6 +24,8 @@ from common import (
 from fastres import reference as ref
 
 SHAPES = [(2, 35, 7, 7), (1, 1, 5, 3), (1, 20, 9, 6), (2, 5, 21, 18)]
+# the CUDA C++ kernels of a ResNet's stem take 8 channels a thread
+STEM = {"cpu": SHAPES, "triton": SHAPES, "cuda": [*SHAPES, (2, 72, 9, 7)]}
 IDS = [f"k{k}s{s}p{p}" for k, s, p in POOLS]
 
 
@@ -46,7 +48,7 @@ def backward(case: Case, dz, index, x, params, geometry, training):
 
 
 @pytest.mark.parametrize("geometry", POOLS, ids=IDS)
-@cases(shapes=SHAPES)
+@cases(shapes=STEM)
 def test_bn_relu_maxpool_fwd_matches_reference(case, geometry):
     x = activation(case, 1)
     params = norm(case, x, 10)
@@ -78,7 +80,7 @@ def test_bn_relu_maxpool_fwd_index_is_torchs_on_ties_and_nan(case, geometry):
 
 
 @pytest.mark.parametrize("geometry", POOLS, ids=IDS)
-@cases(shapes=SHAPES)
+@cases(shapes=STEM)
 def test_bn_relu_maxpool_bwd_matches_reference(case, geometry):
     x = activation(case, 1)
     params = mean, rstd, gamma, _ = norm(case, x, 10)
@@ -117,7 +119,7 @@ def test_bn_relu_maxpool_bwd_gates_before_the_product(name, layout):
     assert dx.isfinite().all()
 
 
-@cases(dtypes=("fp32", "bf16"), shapes=SHAPES)
+@cases(dtypes=("fp32", "bf16"), shapes=STEM)
 def test_bn_relu_maxpool_is_deterministic(case):
     x = activation(case, 1)
     params = norm(case, x, 10)

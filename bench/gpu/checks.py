@@ -22,10 +22,11 @@ from bench.gpu.record import Record
 TESTS = (
     "test_conv.py", "test_bn_stats.py", "test_bn_apply.py", "test_bn_bwd.py", "test_add_relu.py",
     "test_bn_relu_maxpool.py", "test_triton_cuts.py", "test_ladder.py", "test_fusion.py",
-    "test_graph.py",
+    "test_graph.py", "test_cuda_build.py",
 )  # fmt: skip
 ON_GPU = (
-    "triton or cuts or conv or fusion or graph or two_runs"  # the C++ kernels have no business here
+    # the C++ kernels of the CPU have no business here
+    "triton or cuda or cuts or conv or fusion or graph or two_runs"
 )
 DRY_TESTS = ("test_bn_stats.py", "test_bn_stats_fwd_uses_eps")
 # one test of each kernel family, on small shapes: a sanitizer slows a kernel 10 to 100 times
@@ -39,6 +40,12 @@ SANITIZED = (
     "test_fprop_writes_the_block_output[bf16-1x1-dual]",
     "test_dgrad[bf16-3x3-s2-bn-True-none-recompute]", "test_wgrad[bf16-3x3-odd-bn-True-True]",
     "test_bwd_pointwise[bf16-1x1-bn-False-mask-dual]",
+    "test_bn_stats_fwd_matches_reference[cuda-bf16-nhwc-5x264x5x4]",
+    "test_bn_apply_fwd_matches_reference[cuda-bf16-nhwc-5x264x5x4-normalised]",
+    "test_bn_bwd_reduce_bwd_matches_reference[cuda-bf16-nhwc-5x264x5x4-mask-normalised]",
+    "test_bn_bwd_apply_bwd_matches_reference[cuda-bf16-nhwc-2x35x7x7-mask-normalised]",
+    "test_bn_relu_maxpool_bwd_matches_reference[cuda-bf16-nhwc-2x72x9x7-k3s2p1]",
+    "test_add_relu_fwd_matches_reference[cuda-bf16-nhwc-2x35x7x7]",
 )  # fmt: skip
 TOOLS = (
     ("memcheck", r"ERROR SUMMARY: (\d+) error"),
@@ -116,13 +123,21 @@ def tests(device: Device, record: Record) -> None:
                     process.kill()
         lines = log.read_text().splitlines() if log.exists() else []
     outcomes: dict[str, Counter] = {}
+    by_backend: dict[str, dict[str, Counter]] = {}  # docs/capabilities.md reads it
     for line in lines:
         found = json.loads(line)
         file, _, test = found["test"].partition("::")
         outcomes.setdefault(Path(file).name, Counter())[found["outcome"]] += 1
+        backend = "cuda" if "cuda" in re.split(r"[\[\]-]", test) else "triton"
+        files = by_backend.setdefault(backend, {})
+        files.setdefault(Path(file).name, Counter())[found["outcome"]] += 1
         if found["outcome"] == "failed":
             record.add(test=f"{Path(file).name}::{test}", error=found["error"])
-    record.set(outcomes={k: dict(v) for k, v in outcomes.items()}, exit_code=code)
+    record.set(
+        outcomes={k: dict(v) for k, v in outcomes.items()},
+        by_backend={b: {k: dict(v) for k, v in f.items()} for b, f in by_backend.items()},
+        exit_code=code,
+    )
     kinds = ("passed", "failed", "skipped")
     rows = [(name, *(c[k] for k in kinds)) for name, c in sorted(outcomes.items())]
     total = sum(outcomes.values(), Counter())

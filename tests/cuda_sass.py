@@ -1,0 +1,180 @@
+"""Reads the machine code of the CUDA C++ kernels in the built fastres._C.
+
+    python tests/cuda_sass.py           # the table of the installed module
+    python tests/cuda_sass.py --write   # into bench/results/cuda/nvcc-X.Y.json
+
+The budget (`problems`): no stack, no local memory, registers for two blocks an SM, and in the
+kernels of 8-element units 16-byte accesses to the activations."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "cuda"
+ARCHS = ("sm_80", "sm_90a", "sm_100a")
+COLUMNS = ("arch", "kernel", "dtype", "lanes", "dual", "registers", "stack", "local", "shared",
+           "wide_loads", "wide_stores", "half_loads", "half_stores", "local_accesses")  # fmt: skip
+DTYPES = {"f": "fp32", "NS0_4BF16E": "bf16", "NS0_3F16E": "fp16"}
+NAME = re.compile(r"\d+([a-z_]+_kernel)(?:I(f|NS0_4BF16E|NS0_3F16E)(?:Li(\d)E)?(?:Lb(\d)E)?E)?")
+REGISTERS = 128  # 65,536 of an SM over two blocks of 256 threads
+SHARED = 48 << 10  # of a block without asking for more
+
+# 16-byte loads and stores in flight of an 8-element kernel, by tensors x 64 bytes (bn_apply dual
+# and the backward passes: 32 bytes a tensor; the statistics: 128); the pool's are of one unit.
+WIDE = {
+    "add_relu_kernel": (8, 4),
+    "relu_bwd_kernel": (8, 4),
+    "bn_apply_kernel": (8, 4),
+    "bn_apply_kernel dual": (4, 2),
+    "bn_stats_kernel": (8, 0),
+    "bn_bwd_reduce_kernel": (8, 0),
+    "bn_bwd_reduce_kernel dual": (6, 0),
+    "bn_bwd_apply_kernel": (4, 4),
+    "bn_bwd_apply_kernel dual": (6, 4),
+    "bn_relu_maxpool_kernel": (9, 1),
+    "bn_relu_maxpool_bwd_reduce_kernel": (5, 0),
+    "bn_relu_maxpool_bwd_apply_kernel": (5, 1),
+}
+
+
+def cuobjdump() -> str | None:
+    """Triton's package carries one."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(path) if os.access(path, os.X_OK) else None
+
+
+def digest() -> str:
+    """Of the sources in csrc/cuda and the flags."""
+    hashed = hashlib.sha256()
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
+        hashed.update(path.name.encode() + path.read_bytes())
+    hashed.update("".join(re.findall(r"set\(flags[^)]*\)", _cmake())).encode())
+    return hashed.hexdigest()[:16]
+
+
+def _cmake() -> str:
+    return (ROOT / "csrc" / "cuda" / "build.cmake").read_text()
+
+
+def _named(mangled: str) -> dict | None:
+    found = NAME.search(mangled)
+    if found is None:
+        return None
+    kernel, dtype, lanes, dual = found.groups()
+    return {"kernel": kernel, "dtype": DTYPES.get(dtype or "", "any"), "lanes": int(lanes or 1),
+            "dual": dual == "1"}  # fmt: skip
+
+
+def read(library: Path) -> list[dict]:
+    """One row for each kernel and arch in the library."""
+    tool = cuobjdump()
+    assert tool is not None
+
+    def output(option: str) -> list[str]:
+        done = subprocess.run([tool, option, str(library)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    rows: dict[tuple[str, str], dict] = {}
+    arch, name = "", ""
+    for line in output("-res-usage"):
+        if found := re.match(r"arch = (\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function (\w+):", line):
+            name = found[1]
+        elif "REG:" in line and (about := _named(name)):
+            usage = {k: int(v) for k, v in re.findall(r"(\w+(?:\[0\])?):(\d+)", line)}
+            rows[arch, name] = dict.fromkeys(COLUMNS, 0) | {
+                "arch": arch, **about, "registers": usage["REG"], "stack": usage["STACK"],
+                "local": usage["LOCAL"], "shared": usage["SHARED"],
+            }  # fmt: skip
+    row = None
+    for line in output("-sass"):
+        if found := re.search(r"(?:arch = |code for )(sm_\w+)", line):
+            arch = found[1]
+        elif found := re.search(r"Function : (\w+)", line):
+            row = rows.get((arch, found[1]))
+        elif row is not None and (found := re.search(r"\b(LDG|STG|LDL|STL)(\.[\w.]+)?", line)):
+            kind, width = found[1], found[2] or ""
+            if kind in ("LDL", "STL"):
+                row["local_accesses"] += 1
+                continue
+            what = "loads" if kind == "LDG" else "stores"
+            if ".128" in width:
+                row[f"wide_{what}"] += 1
+            elif ".U16" in width or ".S16" in width:
+                row[f"half_{what}"] += 1
+    return sorted(rows.values(), key=lambda r: [str(r[c]) for c in COLUMNS[:5]])
+
+
+def problems(row: dict) -> list[str]:
+    """Where a kernel breaks its budget."""
+    out = []
+    if row["stack"] or row["local"] or row["local_accesses"]:
+        out.append(f"stack {row['stack']}, local {row['local']}, {row['local_accesses']} accesses")
+    if row["registers"] > REGISTERS:
+        out.append(f"{row['registers']} registers > {REGISTERS}")
+    if row["shared"] > SHARED:
+        out.append(f"shared memory {row['shared']} > {SHARED}")
+    if row["lanes"] == 8:
+        want = WIDE[row["kernel"] + (" dual" if row["dual"] else "")]
+        for what, n in zip(("loads", "stores"), want, strict=True):
+            if row[f"wide_{what}"] < n:
+                out.append(f"{row[f'wide_{what}']} 16-byte {what}, wanted {n}")
+        # the statistics' shift is one value
+        if row["half_loads"] > (row["kernel"] == "bn_stats_kernel") or row["half_stores"]:
+            out.append(f"{row['half_loads']} 2-byte loads, {row['half_stores']} 2-byte stores")
+    elif "finalise" not in row["kernel"] and row["dtype"] == "any":
+        out.append("no dtype in its name")
+    return out
+
+
+def installed() -> Path | None:
+    spec = importlib.util.find_spec("fastres._C")
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+def table(rows: list[dict], nvcc: str) -> str:
+    head = json.dumps({"nvcc": nvcc, "digest": digest(), "columns": COLUMNS})
+    body = ",\n".join(json.dumps([row[c] for c in COLUMNS]) for row in rows)
+    return f'{head[:-1]}, "rows": [\n{body}\n]}}\n'
+
+
+def committed() -> dict:
+    """The newest table."""
+    content = json.loads(sorted(RESULTS.glob("nvcc-*.json"))[-1].read_text())
+    content["rows"] = [dict(zip(content["columns"], r, strict=True)) for r in content["rows"]]
+    return content
+
+
+def main() -> int:
+    from fastres import _native
+
+    build = (_native.build_info() or {}).get("cuda")
+    library = installed()
+    if build is None or library is None:
+        print("fastres._C has no CUDA kernels", file=sys.stderr)
+        return 1
+    rows = read(library)
+    for row in rows:
+        flag = " ".join(problems(row))
+        print(*(row[c] for c in COLUMNS), flag)
+    if "--write" in sys.argv:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"nvcc-{build['nvcc']}.json").write_text(table(rows, build["nvcc"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""docs/capabilities.md is what the code and the committed results say."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+from bench import capabilities
+
+from fastres.backends import FUSED_DTYPES, MODULES
+
+RUN = {
+    "dry_run": False,
+    "environment": {"device": "A Card", "commit": "0123456789abcdef", "date": "2027"},
+    "by_backend": {"cuda": {"test_bn_stats.py": {"passed": 7, "failed": 1}}},
+}
+
+
+def cells(text: str) -> dict[tuple[str, str], list[str]]:
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {(r[0], r[1]): r[2:] for r in rows[1:]}
+
+
+def test_the_page_is_current():
+    text = capabilities.page(capabilities._runs())
+    assert capabilities.PAGE.read_text() == text, "run: python -m bench.capabilities"
+
+
+def test_the_page_agrees_with_the_backends():
+    found = cells(capabilities.page([]))
+    assert {b for _, b in found} == set(MODULES) - {"reference"}
+    for (op, backend), (arch, dtypes, *_) in found.items():
+        module = importlib.import_module(MODULES[backend])
+        functions = [re.sub(r" .*", "", f) for f in op.split(", ") if "_" in f]
+        has = all(hasattr(module, f) for f in functions if f.isidentifier())
+        assert has == (arch != "-"), (op, backend)
+        assert arch == "-" or len(dtypes.replace(" (TF32)", "").split(", ")) == len(FUSED_DTYPES)
+
+
+def test_hardware_is_claimed_by_a_file_only():
+    never = cells(capabilities.page([]))
+    assert {r[-1] for (_, b), r in never.items() if b != "cpu"} == {"**never**", "-"}
+    ran = cells(capabilities.page([RUN]))
+    changed = {k: r[-1] for k, r in ran.items() if r != never[k]}
+    assert changed == {("bn_stats", "cuda"): "A Card at 0123456789ab: 7 tests, 1 failed"}
