@@ -31,6 +31,19 @@ ANY = "NHWC or NCHW, any C"
 CONV = "test_conv.py"
 
 
+HEAD = """\
+# Capabilities
+
+Written by `python -m bench.capabilities`; a test keeps it current. *Hardware* is where the tests
+of an op ran on a real processor, and at which commit: on a GPU by the run-book ([gpu.md](gpu.md)),
+whose committed files are read here, and nothing else. Without hardware, Triton's kernels are proven
+in its interpreter and compiled ahead of time ([triton.md](triton.md)), the CUDA C++ kernels on the
+CPU under sanitizers and by their machine code ([cuda.md](cuda.md)). `reference` takes everything.
+
+| op | backend | code for | dtypes | constraint | hardware |
+|---|---|---|---|---|---|"""
+
+
 def cuda_archs() -> str:
     """Of the committed machine code."""
     found = json.loads(sorted((RESULTS / "cuda").glob("nvcc-*.json"))[-1].read_text())
@@ -53,8 +66,10 @@ def _rows() -> list[tuple[str, str, str, str, str]]:
         rows.append((op, "cpu", "AVX-512, AVX2, portable", DTYPES, ANY + window))
         rows.append((op, "triton", TRITON, DTYPES, ANY + window))
         wide = "NHWC, 3 x 3, stride 2, C % 8 == 0" if stem else "rows % 8 == 0"
-        rows.append((op, "cuda", cuda_archs(), DTYPES, f"{ANY}{window}; 16-byte accesses where "
-                     f"{wide} and pointers are aligned to 16, element by element elsewhere"))  # fmt: skip
+        how = (
+            f"; 16-byte accesses where {wide} and pointers are aligned to 16, by element elsewhere"
+        )
+        rows.append((op, "cuda", cuda_archs(), DTYPES, ANY + window + how))
     return rows
 
 
@@ -88,21 +103,7 @@ def hardware(backend: str, file: str, runs: list[dict]) -> str:
 
 
 def page(runs: list[dict]) -> str:
-    lines = [
-        "# Capabilities",
-        "",
-        "Written by `python -m bench.capabilities`; a test keeps it current. *Hardware* is where the "
-        "tests of an op ran on a real",
-        "processor, and at which commit: on a GPU by the run-book ([gpu.md](gpu.md)), whose committed "
-        "files are read here, and nothing else.",
-        "Without hardware, Triton's kernels are proven in its interpreter and compiled ahead of time "
-        "([triton.md](triton.md)), the CUDA C++",
-        "kernels on the CPU under sanitizers and by their machine code ([cuda.md](cuda.md)). The "
-        "`reference` backend takes everything.",
-        "",
-        "| op | backend | code for | dtypes | constraint | hardware |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [HEAD]
     for op, backend, arch, dtype, constraint in _rows():
         ran = hardware(backend, OPS[op], runs)
         lines.append(f"| {op} | {backend} | {arch} | {dtype} | {constraint} | {ran} |")

@@ -6,7 +6,6 @@ import importlib
 import re
 
 from bench import capabilities
-
 from fastres.backends import FUSED_DTYPES, MODULES
 
 RUN = {
