@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastres import _reference_backend as reference
 from fastres import backends, plan
-from fastres._contract import Gradient, Normalise, NormGradient, Previous, Sums
+from fastres._contract import Gradient, Normalise, NormGradient, Previous, Shortcut, Sums
 from fastres._layout import mask_shape
 
 log = logging.getLogger("fastres")
@@ -32,6 +32,7 @@ TOLERANCE = {"passes": 1e-4, "pool": 1e-4, "convs": 5e-3}
 # a few units in the last place of what is stored
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 SHAPE = (2, 72, 9, 7)  # more than one step of a conv's sum
+VERSION = 2  # of the checks: what passed others is checked again
 ENABLED = os.environ.get("FASTRES_SELFCHECK", "1") != "0"
 
 _verdicts: dict[tuple[str, torch.device, str, torch.dtype], str | None] = {}
@@ -61,47 +62,81 @@ Case = tuple[str, list[Tensor], list[Tensor], Call]  # name, outputs, inputs, ca
 
 
 def _passes() -> list[Case]:
-    """(name, outputs, inputs, call) of the passes around the convs."""
+    """(name, outputs, inputs, call) of the passes around the convs, in the forms of the ladder."""
     x, res, dz = _act(*SHAPE), _act(*SHAPE).flip(0), _act(*SHAPE).flip(2)
     x, res, dz = (t.contiguous(memory_format=torch.channels_last) for t in (x, res, dz))
     c = SHAPE[1]
-    v = _vectors(c, 6)
+    v, r = _vectors(c, 6), _vectors(c + 8, 6)
+    r = [t[:c].clone() for t in r]
     mask = torch.full(mask_shape(x), 0b10110101, dtype=torch.uint8, device="cpu")
+    none = (None,) * 5
 
     def stats(m, out, args):
         m.bn_stats(*out, args[0], 1e-5)
 
-    def apply(m, out, args):
-        x, res, mean, rstd, gamma, beta = args
+    def apply(m, out, args):  # an inner batch norm, over its own input
+        x, mean, rstd, gamma, beta = args
+        out[0].copy_(x)
+        m.bn_apply(out[0], None, out[0], mean, rstd, gamma, beta, *none, True)
+
+    def apply_block(m, out, args):  # a block's end: identity, or its projection
+        x, res, mean, rstd, gamma, beta, *dual = args
         bits = torch.zeros(mask_shape(x), dtype=torch.uint8, device=x.device)
-        m.bn_apply(out[0], bits, x, mean, rstd, gamma, beta, res, None, None, None, None, True)
+        vectors = dual or none[:4]
+        m.bn_apply(out[0], bits, x, mean, rstd, gamma, beta, res, *vectors, True)
         out[1].copy_(bits)
 
     def reduce(m, out, args):
-        dz, mask, x, mean, rstd, gamma, beta = args
-        none = (None,) * 3
-        m.bn_bwd_reduce(*out, None, dz, mask, x, mean, rstd, gamma, beta, *none, "mask")
+        dz, x, mean, rstd, gamma, beta = args
+        m.bn_bwd_reduce(*out, None, dz, None, x, mean, rstd, gamma, beta, *none[:3], "recompute")
 
-    def backward(m, out, args):
-        dz, mask, x, mean, rstd, gamma, beta, dgamma, dbeta = args
-        m.bn_bwd_apply(
-            *out, dz, mask, x, mean, rstd, gamma, beta, dgamma, dbeta, *(None,) * 5, "mask", True,
-            False,
-        )  # fmt: skip
+    def reduce_block(m, out, args):
+        dz, mask, x, mean, rstd, gamma, beta, *dual = args
+        last = [*out, None][:3]
+        vectors = dual or none[:3]
+        m.bn_bwd_reduce(*last, dz, mask, x, mean, rstd, gamma, beta, *vectors, "mask")
+
+    def backward(m, out, args):  # over the gradient
+        dz, x, *v = args
+        out[0].copy_(dz)
+        form = "recompute", True, False
+        m.bn_bwd_apply(out[0], None, out[0], None, x, *v, *none, *form)
+
+    def backward_block(m, out, args):
+        dz, mask, x, mean, rstd, gamma, beta, dgamma, dbeta, *dual = args
+        v = mean, rstd, gamma, beta, dgamma, dbeta
+        form = "mask", True, bool(dual)
+        m.bn_bwd_apply(*out, dz, mask, x, *v, *(dual or none), *form)
+
+    def frozen(m, out, args):
+        dz, mask, x, *v = args
+        m.bn_bwd_apply(out[0], None, dz, mask, x, *v, *none, "mask", False, False)
 
     def add(m, out, args):
-        m.add_relu(out[0], None, *args)
+        bits = torch.zeros(mask_shape(args[0]), dtype=torch.uint8, device=args[0].device)
+        m.add_relu(out[0], bits, *args)
+        out[1].copy_(bits)
 
-    def relu_bwd(m, out, args):
-        m.relu_bwd(out[0], *args)
+    def relu_bwd(m, out, args):  # onto the gradient that is there
+        dy, dz, mask = args
+        out[0].copy_(dy)
+        m.relu_bwd(out[0], out[0], dz, mask)
 
-    like, vector = torch.empty_like(x), _vector(c)
+    like, vector, bits = torch.empty_like(x), _vector(c), _vector(*mask_shape(x))
+    block = [dz, mask, x]
     return [
         ("bn_stats", [vector] * 3, [x], stats),
-        ("bn_apply", [like, _vector(*mask_shape(x))], [x, res, *v[:4]], apply),
-        ("bn_bwd_reduce", [vector] * 2, [dz, mask, x, *v[:4]], reduce),
-        ("bn_bwd_apply", [like, like], [dz, mask, x, *v], backward),
-        ("add_relu", [like], [x, res], add),
+        ("bn_apply", [like], [x, *v[:4]], apply),
+        ("bn_apply + x", [like, bits], [x, res, *v[:4]], apply_block),
+        ("bn_apply + bn", [like, bits], [x, res, *v[:4], *r[:4]], apply_block),
+        ("bn_bwd_reduce", [vector] * 2, [dz, x, *v[:4]], reduce),
+        ("bn_bwd_reduce + x", [vector] * 2, [*block, *v[:4]], reduce_block),
+        ("bn_bwd_reduce + bn", [vector] * 3, [*block, *v[:4], res, *r[:2]], reduce_block),
+        ("bn_bwd_apply", [like], [dz, x, *v], backward),
+        ("bn_bwd_apply + x", [like] * 2, [*block, *v], backward_block),
+        ("bn_bwd_apply + bn", [like] * 2, [*block, *v, res, *r[:3], r[4]], backward_block),
+        ("bn_bwd_apply frozen", [like], [*block, *v], frozen),
+        ("add_relu", [like, bits], [x, res], add),
         ("relu_bwd", [like], [x, dz, mask], relu_bwd),
     ]
 
@@ -132,41 +167,81 @@ def _pool() -> list[Case]:
 
 
 def _convs() -> list[Case]:
-    found: list[Case] = []
-    for r, stride in ((1, 1), (3, 2)):
-        n, c, h, w = SHAPE
-        k = 136
-        geometry = [stride, stride, r // 2, r // 2, 1, 1, 1]
-        x, weight = _act(*SHAPE), _random(k, c, r, r) * (c * r * r) ** -0.5
-        y = _act(n, k, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    """Every prologue and epilogue of the ladder, several in one kernel: each form is compiled."""
+    n, c, h, w = SHAPE
+    k = 136
+    small = n, k, (h + 1) // 2, (w + 1) // 2  # of the 3x3, stride 2
+    x, res = _act(*SHAPE), _act(*SHAPE).flip(0).contiguous(memory_format=torch.channels_last)
+    w1, w3 = (_random(k, c, r, r) * (c * r * r) ** -0.5 for r in (1, 3))
+    one, three = [1, 1, 0, 0, 1, 1, 1], [2, 2, 1, 1, 1, 1, 1]
+    y1, y3 = _act(n, k, h, w), _act(*small)
+    dz1, dz3 = (t.flip(0).contiguous(memory_format=torch.channels_last) for t in (y1, y3))
+    bits = torch.full(mask_shape(x), 0b10110101, dtype=torch.uint8, device="cpu")
+    bits1 = torch.full(mask_shape(y1), 0b01101101, dtype=torch.uint8, device="cpu")
+    norm, dual, behind = _vectors(c, 4), _vectors(c + 8, 4), _vectors(k, 6)
+    dual = [t[:c].clone() for t in dual]
 
-        def forward(m, out, args, geometry=geometry):
-            x, weight, *v = args
-            stats = torch.empty(3, out[1].shape[0], dtype=v[0].dtype, device=x.device)
-            m.conv_fprop(out[0], stats, None, None, x, weight, geometry, Normalise(*v), None, 1e-5)
-            out[1].copy_(stats[0])
-            out[2].copy_(stats[1])
+    def fprop(m, out, args):
+        x, weight, *v = args
+        stats = torch.empty(3, out[1].shape[0], dtype=v[0].dtype, device=x.device)
+        m.conv_fprop(out[0], stats, None, None, x, weight, three, Normalise(*v), None, 1e-5)
+        out[1].copy_(stats[0])
+        out[2].copy_(stats[1])
 
-        def backward(m, out, args, geometry=geometry, pointwise=r == 1):
-            dz, y, x, weight, *v = args
-            bn = NormGradient(y, Normalise(*v[:4]), v[4], v[5], True)
-            norm = Normalise(*v[6:])
-            dx, dw, dgamma, dbeta = out
-            sums, g, prev = Sums(dgamma, dbeta), Gradient(dz), Previous(x, norm)
-            if pointwise and m.conv_bwd_pointwise_why_not(x, weight, geometry) is None:
-                m.conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, None, prev)
-            else:
-                m.conv_dgrad(dx, sums, g, weight, geometry, bn, None, prev)
-                m.conv_wgrad(dw, g, x, geometry, bn, norm)
+    def fprop_block(m, out, args):  # writes the block before on the way
+        x, res, weight, *v = args
+        y, mean, var, z, mask = out
+        stats = torch.empty(3, mean.shape[0], dtype=mean.dtype, device=x.device)
+        bits = torch.zeros(mask_shape(x), dtype=torch.uint8, device=x.device)
+        shortcut = Shortcut(res, Normalise(*v[4:]))
+        m.conv_fprop(y, stats, z, bits, x, weight, one, Normalise(*v[:4]), shortcut, 1e-5)
+        mean.copy_(stats[0])
+        var.copy_(stats[1])
+        mask.copy_(bits)
 
-        vectors = _vector(k), _vector(k)
-        found.append((f"conv_fprop {r}x{r}", [torch.empty_like(y), *vectors],
-                      [x, weight, *_vectors(c, 4)], forward))  # fmt: skip
-        outputs = [torch.empty_like(x), torch.empty_like(weight), _vector(c), _vector(c)]
-        inputs = [y, y.flip(0).contiguous(memory_format=torch.channels_last), x, weight]
-        found.append((f"conv backward {r}x{r}", outputs,
-                      [*inputs, *_vectors(k, 6), *_vectors(c, 4)], backward))  # fmt: skip
-    return found
+    def act(m, out, args):
+        x, weight, residual, *v = args
+        m.conv_fprop_act(out[0], x, weight, one, Normalise(*v), residual, True)
+
+    def inner(m, out, args):
+        dz, y, x, weight, *v = args
+        bn = NormGradient(y, Normalise(*v[:4]), v[4], v[5], True)
+        norm = Normalise(*v[6:])
+        dx, dw, *sums = out
+        prev = Previous(x, norm)
+        m.conv_dgrad(dx, Sums(*sums), Gradient(dz), weight, three, bn, None, prev)
+        m.conv_wgrad(dw, Gradient(dz), x, three, bn, norm)
+
+    def first(m, out, args, training=True):  # a block's first conv, behind another block's end
+        dz, y, x, weight, gate, dres, mask, raw, res, *v = args
+        bn = NormGradient(y, Normalise(*v[:4]), v[4], v[5], training)
+        norms = Normalise(*v[6:10]), Normalise(*v[10:])
+        prev = Previous(raw, norms[0], mask, Shortcut(res, norms[1]))
+        dx, dw, *sums = out
+        g, residual = Gradient(dz, gate), Gradient(dres, mask)
+        args = dx, Sums(*sums), dw, g, x, weight, one, bn, None, residual, prev
+        if training and m.conv_bwd_pointwise_why_not(x, weight, one) is None:
+            m.conv_bwd_pointwise(*args)
+        else:
+            m.conv_dgrad(dx, Sums(*sums), g, weight, one, bn, residual, prev)
+            m.conv_wgrad(dw, g, x, one, bn, None)
+
+    def frozen(m, out, args):
+        first(m, out, args, training=False)
+
+    like, vector, of_k = torch.empty_like(x), _vector(c), _vector(k)
+    mask = _vector(*mask_shape(x))
+    before = [dz1, y1, x, w1, bits1, res, bits, res, x, *behind, *norm, *dual]
+    return [
+        ("conv_fprop 3x3", [torch.empty_like(y3), of_k, of_k], [x, w3, *norm], fprop),
+        ("conv_fprop 1x1 + block", [torch.empty_like(y1), of_k, of_k, like, mask],
+         [x, res, w1, *norm, *dual], fprop_block),
+        ("conv_fprop_act", [torch.empty_like(y1)], [x, w1, y1, *behind[:4]], act),
+        ("conv backward 3x3", [like, torch.empty_like(w3), vector, vector],
+         [dz3, y3, x, w3, *behind, *norm], inner),
+        ("conv backward 1x1", [like, torch.empty_like(w1), *[vector] * 3], before, first),
+        ("conv backward 1x1 frozen", [like, torch.empty_like(w1), *[vector] * 3], before, frozen),
+    ]  # fmt: skip
 
 
 FAMILIES = {"passes": _passes, "pool": _pool, "convs": _convs}
@@ -243,7 +318,7 @@ def _verdict(name: str, device: torch.device, family: str, dtype: torch.dtype) -
     if name == "reference":
         return None
     who = plan.identity(device.type, device.index)
-    label = f"{name} {family} {str(dtype).removeprefix('torch.')}"
+    label = f"{name} {family} {str(dtype).removeprefix('torch.')} v{VERSION}"
     if family == "convs" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
         label += " tf32"
     passed = _remembered(who)

@@ -12,6 +12,7 @@ from common import BACKENDS, backend
 
 import fastres
 from fastres import counters, plan, selfcheck
+from fastres._contract import Shortcut, Sums
 from fastres.nn import FastBasicBlock
 
 CPU = torch.device("cpu")
@@ -66,6 +67,7 @@ BROKEN = [
     ("cpu", "pool", "bn_relu_maxpool", 0), ("cpu", "pool", "bn_relu_maxpool_bwd_apply", 0),
     ("triton", "convs", "conv_fprop", 0), ("triton", "convs", "conv_dgrad", 0),
     ("triton", "convs", "conv_wgrad", 0), ("triton", "convs", "conv_bwd_pointwise", 2),
+    ("triton", "convs", "conv_fprop_act", 0),
 ]  # fmt: skip
 
 
@@ -82,6 +84,62 @@ def test_a_wrong_kernel_fails(name, family, kernel, output, monkeypatch):
 
     monkeypatch.setattr(module, kernel, wrong)
     assert selfcheck.run(module, CPU, family) is not None
+
+
+def _dual(args):
+    """The shortcut's own batch norm among a call's arguments."""
+    return any(getattr(a, "shortcut", None) is not None for a in args) or any(
+        isinstance(a, Shortcut) and a.norm is not None for a in args
+    )
+
+
+# (backend, family, kernel, the form that is broken: picks the calls, and the arguments to spoil)
+FORMS = {
+    "dual shortcut forward": ("cpu", "passes", "bn_apply", lambda a: a[8] is not None, 0),
+    "mask bits": ("cpu", "passes", "bn_apply", lambda a: a[1] is not None, 1),
+    "in place": ("cpu", "passes", "bn_apply", lambda a: a[0] is a[2], 0),
+    "recompute, reduce": ("cpu", "passes", "bn_bwd_reduce", lambda a: a[-1] == "recompute", 0),
+    "dual, reduce": ("cpu", "passes", "bn_bwd_reduce", lambda a: a[2] is not None, 2),
+    "recompute, apply": ("cpu", "passes", "bn_bwd_apply", lambda a: a[16] == "recompute", 0),
+    "dres of x": ("cpu", "passes", "bn_bwd_apply", lambda a: a[1] is not None and a[11] is None, 1),
+    "dres of bn": ("cpu", "passes", "bn_bwd_apply", lambda a: a[11] is not None, 1),
+    "frozen": ("cpu", "passes", "bn_bwd_apply", lambda a: not a[17], 0),
+    "add_relu's bits": ("cpu", "passes", "add_relu", lambda a: a[1] is not None, 1),
+    "relu_bwd onto dy": ("cpu", "passes", "relu_bwd", lambda a: a[1] is not None, 0),
+    "side output": ("triton", "convs", "conv_fprop", lambda a: a[2] is not None, 2),
+    "side output's bits": ("triton", "convs", "conv_fprop", lambda a: a[3] is not None, 3),
+    "dual prologue": ("triton", "convs", "conv_fprop", _dual, 0),
+    "act": ("triton", "convs", "conv_fprop_act", lambda a: a[5] is not None and a[6], 0),
+    "dres and gate, joint": (
+        "triton", "convs", "conv_bwd_pointwise", lambda a: a[9] and a[3].mask is not None, 0
+    ),
+    "dual sums, joint": ("triton", "convs", "conv_bwd_pointwise", _dual, 1),
+    "frozen conv": ("triton", "convs", "conv_dgrad", lambda a: a[5] and not a[5].training, 0),
+    "recompute, dgrad": ("triton", "convs", "conv_dgrad", lambda a: a[7] and a[7].mask is None, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_that_is_wrong_fails(form, monkeypatch):
+    """Each form of a kernel that the ladder runs, broken alone: a few elements of one output."""
+    name, family, kernel, chosen, output = FORMS[form]
+    module = backend(name)
+    right, hits = getattr(module, kernel), []
+
+    def wrong(*args):
+        right(*args)
+        if chosen(args):
+            hits.append(1)
+            out = args[output]
+            out = out.res_dgamma if isinstance(out, Sums) else out
+            flat = out.permute(0, 2, 3, 1).reshape(-1) if out.dim() == 4 else out.view(-1)
+            if out.dtype == torch.uint8:
+                flat[3] ^= 4
+            else:
+                out[(0, 1, 0, 0)[: out.dim()] if out.dim() == 4 else 1] += out.abs().max()
+
+    monkeypatch.setattr(module, kernel, wrong)
+    assert selfcheck.run(module, CPU, family) is not None and hits
 
 
 def test_a_kernel_that_leaves_an_output_unwritten_fails(monkeypatch):
@@ -109,19 +167,19 @@ def test_a_pass_is_remembered_and_a_failure_is_not(cache, monkeypatch, caplog):
     assert selfcheck.obstacle(x, "passes") is None
     assert len(runs) == 1
     (file,) = cache.glob("checked-*.json")
-    assert json.loads(file.read_text())["passed"] == ["cpu passes float32"]
+    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v2"]
     selfcheck.forget()  # another process
     assert selfcheck.obstacle(x, "passes") is None and len(runs) == 1
 
     monkeypatch.setattr(module, "bn_relu_maxpool", lambda *args: None)
     reason = selfcheck.obstacle(x, "pool")
     assert "the cpu kernels failed their self-check on" in reason and reason in caplog.text
-    assert json.loads(file.read_text())["passed"] == ["cpu passes float32"]
+    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v2"]
     assert selfcheck.obstacle(x.double(), "pool") is None  # the reference runs that
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes float32"]}']
+    "text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes float32 v2"]}']
 )
 def test_a_corrupt_or_foreign_memory_is_not_trusted(cache, text, monkeypatch):
     backend("cpu")
@@ -157,7 +215,7 @@ def test_an_explicit_rung_whose_kernels_fail_is_an_error(monkeypatch):
     monkeypatch.setattr(
         selfcheck, "_verdict", lambda *a: "conv_fprop is off" if a[2] == "convs" else verdict(*a)
     )
-    x = torch.randn(2, 8, 5, 5)
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
     with fastres.use_backend("triton"), pytest.raises(fastres.BackendError, match="c1.*is off"):
         m(x)
 
