@@ -31,8 +31,6 @@ def conv_missing(device: torch.device) -> str | None:
 
 
 def conv_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
-    if geometry[-1] != 1:
-        return f"groups={geometry[-1]}: the kernels take groups=1"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is NCHW; the kernels take channels_last"
     return None
@@ -41,6 +39,8 @@ def conv_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
 def conv_bwd_pointwise_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
     if tuple(weight.shape[2:]) != (1, 1) or geometry[:4] != [1, 1, 0, 0]:
         return "not a 1x1 conv of stride 1"
+    if geometry[-1] != 1:
+        return f"groups={geometry[-1]}: a program would hold dw of all of them"
     return None
 
 

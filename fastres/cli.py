@@ -161,6 +161,11 @@ def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=positive("s"), default=60.0, metavar="S", help="to time (default 60)"
     )
+    parser.add_argument(
+        "--per-conv",
+        action="store_true",
+        help="also choose each pass of each conv inside the fastest rung with fused convs",
+    )
 
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> int:
@@ -183,7 +188,9 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     context = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
     with context, Progress(0) as progress:
-        found = fastres.tune(model, x, modes=modes, seconds=args.seconds, progress=progress)
+        found = fastres.tune(
+            model, x, modes=modes, seconds=args.seconds, progress=progress, per_conv=args.per_conv
+        )
     print(found)
     print(f"saved in {plan.cache_file(plan.current(device).who)}")
     return 0

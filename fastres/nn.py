@@ -37,7 +37,7 @@ from .ops import (
     residual_stage,
 )
 from .ops._args import check_conv_bn
-from .ops._ladder import RUNGS
+from .ops._ladder import parse
 from .ops._units import needs_grad
 from .ops.bn_relu_maxpool import check_window
 from .ops.residual_stage import check_block, check_fusion
@@ -134,7 +134,7 @@ def unproven(x: Tensor, *families: str) -> str | None:
 def checked_rung(op: str, rung: str | None, x: Tensor) -> str:
     """check_fusion, and an error where the convs of an explicit rung failed their self-check."""
     rung = check_fusion(op, rung, x)
-    reason = unproven(x, "convs") if RUNGS[rung].conv else None
+    reason = unproven(x, "convs") if parse(rung).rung.conv else None
     if reason is not None:
         raise backends.BackendError(f'{op}: fusion="{rung}" cannot run: {reason}')
     return rung
@@ -403,7 +403,7 @@ def _stage_rung(layer: Any, x: Tensor) -> str | None:
         return None
     first: Any = layer[0]
     rung = first._fastres.rung if isinstance(first, ResidualBlockMixin) else None
-    if rung is None or not RUNGS[rung].conv:
+    if rung is None or not parse(rung).rung.conv:
         return None
     for block in layer:
         if not isinstance(block, ResidualBlockMixin) or block._fastres.rung != rung:
@@ -537,10 +537,11 @@ class _PlainBlock(nn.Module):
         fusion: str | None,
     ) -> None:
         super().__init__()
-        if fusion is not None and fusion not in RUNGS:
-            raise ValueError(
-                f"{type(self).__name__}: unknown fusion {fusion!r}; known: {', '.join(RUNGS)}"
-            )
+        if fusion is not None:
+            try:
+                parse(fusion)
+            except ValueError as e:
+                raise ValueError(f"{type(self).__name__}: {e}") from None
         norm_layer = nn.BatchNorm2d if norm_layer is None else norm_layer
         for i, (width, kernel, stride) in enumerate(widths, start=1):
             spatial = kernel > 1

@@ -1,7 +1,9 @@
 """Which kernels run a block: what was measured on this device, and what is done where nothing was.
 
-A *choice* is "eager" (the original forward) or a rung of the fusion ladder. It is made for each
-(block, input shape, dtype, layout, training or inference, autocast) on one device, in this order:
+A *choice* is "eager" (the original forward) or a rung of the fusion ladder, above b with the passes
+of single convs that the vendor's kernels run: "c2 vendor conv2.wgrad shortcut.fprop". It is made
+for each (block, input shape, dtype, layout, training or inference, autocast) on one device, in
+this order:
 
     1. explicit: `fastres.convert(model, fusion=...)`
     2. the table in the package (fastres/tables/), made like the cache and reviewed
@@ -159,10 +161,13 @@ def decode(text: str) -> tuple[dict[str, str], dict[Key, Entry]]:
 
 
 def _checked(entry: Entry) -> Entry:
-    from fastres.ops._ladder import RUNGS
+    from fastres.ops._ladder import parse
 
-    if entry.choice not in (EAGER, *RUNGS):
-        raise PlanFileError(f"unknown choice {entry.choice!r}")
+    if entry.choice != EAGER:
+        try:
+            parse(entry.choice)
+        except ValueError as e:
+            raise PlanFileError(f"unknown choice {entry.choice!r}: {e}") from None
     if not isinstance(entry.milliseconds, dict) or not isinstance(entry.rejected, dict):
         raise PlanFileError("milliseconds and rejected must be objects")
     return entry

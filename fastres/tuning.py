@@ -30,7 +30,7 @@ from fastres.convert import revert
 from fastres.convert._match import Match, find
 from fastres.convert.verify import check_sample, compare_block
 from fastres.nn import FusedMixin, ResidualBlockMixin, autocast_dtype, plan_key
-from fastres.ops._ladder import RUNGS
+from fastres.ops._ladder import PASSES, RUNGS, parse, with_vendor
 from fastres.plan import EAGER, Entry, Key
 
 MODES = ("training", "inference")
@@ -91,6 +91,7 @@ def tune(
     seconds: float = 60.0,
     isolate: bool | None = None,
     progress: Progress | None = None,
+    per_conv: bool = False,
 ) -> Tuning:
     """Measure the candidates for each distinct block of a converted model on `sample`, save the
     choices in the user's cache (fastres.plan), and use them from now on.
@@ -98,7 +99,10 @@ def tune(
     sample: a batch (N, C, H, W) as the model will see it: the choices hold for its shapes, and for
     the autocast state tune is called in. modes: "training" (forward and backward), "inference", or
     both. seconds: about how long to time, after checks and compilation. isolate: check candidates
-    in a process of their own (default: on CUDA), so that a crash rejects the candidate. The model
+    in a process of their own (default: on CUDA), so that a crash rejects the candidate. per_conv:
+    also try, inside the fastest rung with fused convs, the vendor's kernel for each pass of each
+    conv, and take what was faster (choices as "c2 vendor conv2.wgrad"); some ten candidates more
+    for each block. The model
     is not changed. What was measured before an interruption is kept. In a distributed job all
     ranks call it; rank 0 measures.
 
@@ -127,7 +131,7 @@ def tune(
         for target in targets:
             if progress is not None:
                 progress.say(f"{target.path} {target.key.mode}")
-            entry = measure(target, share, isolate)
+            entry = measure(target, share, isolate, per_conv)
             found.entries[target.key] = entry
             found.paths[target.key] = target.path
             current.add({target.key: entry})
@@ -312,31 +316,93 @@ def _rounds(seconds: float) -> Iterator[int]:
         yield number
 
 
-def measure(target: Target, seconds: float, isolate: bool) -> Entry:
+def _prepare(
+    target: Target, name: str, isolate: bool, steps: dict[str, Callable[[], None]]
+) -> str | None:
+    """Check a candidate and make its step; why not, where it is wrong or cannot run."""
+    reason = reject(target, name, isolate)
+    if reason is None:
+        try:
+            steps[name] = step_of(target, name)
+            steps[name]()  # compile, allocate
+            steps[name]()
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+            steps.pop(name, None)
+    return reason
+
+
+def _race(
+    steps: dict[str, Callable[[], None]], seconds: float, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each step, in every round."""
+    first = next(iter(steps.values()))
+    repeats = max(1, int(MIN_SECONDS / max(_timed(first, 1, device), 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in _rounds(seconds):
+        for name in rotation(list(steps), number):
+            times[name].append(_timed(steps[name], repeats, device))
+    return times
+
+
+def measure(target: Target, seconds: float, isolate: bool, per_conv: bool = False) -> Entry:
     """Check every candidate, time those that are right, choose."""
     rejected: dict[str, str] = {}
     steps: dict[str, Callable[[], None]] = {}
     device = target.x.device
     for name in candidates(target):
-        reason = reject(target, name, isolate)
-        if reason is None:
-            try:
-                steps[name] = step_of(target, name)
-                steps[name]()  # compile, allocate
-                steps[name]()
-            except torch.OutOfMemoryError:
-                reason = "out of memory"
-                steps.pop(name, None)
+        reason = _prepare(target, name, isolate, steps)
         if reason is not None:
             rejected[name] = reason
     if EAGER not in steps:
         raise RuntimeError(f"tune: the original {target.path} itself cannot run: {rejected[EAGER]}")
-    repeats = max(1, int(MIN_SECONDS / max(_timed(steps[EAGER], 1, device), 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in _rounds(seconds):
-        for name in rotation(list(steps), number):
-            times[name].append(_timed(steps[name], repeats, device))
+    times = _race(steps, seconds, device)
+    fused = [name for name in times if name != EAGER and parse(name).rung.conv]
+    if per_conv and fused:
+        base = min(fused, key=lambda name: statistics.median(times[name]))
+        mixed = refine(target, base, steps[base], seconds, isolate, rejected)
+        if mixed != base:
+            reason = _prepare(target, mixed, isolate, steps)
+            if reason is None:
+                times = _race(steps, seconds, device)
+            else:
+                rejected[mixed] = reason
     return choose(times, rejected)
+
+
+def passes_of(target: Target) -> list[str]:
+    """Every pass of the block's convs, as `fastres.ops._ladder.parse` names them."""
+    spec = target.match.spec
+    convs = [f"conv{i + 1}" for i in range(len(spec.units))]
+    convs += [] if spec.shortcut is None else ["shortcut"]
+    return [f"{c}.{p}" for c in convs for p in (PASSES if target.training else PASSES[:1])]
+
+
+def refine(
+    target: Target,
+    base: str,
+    step: Callable[[], None],
+    seconds: float,
+    isolate: bool,
+    rejected: dict[str, str],
+) -> str:
+    """`base` with those passes left to the vendor that make it faster, each alone, by more than the
+    noise. What they make together is for the caller to measure."""
+    steps = {base: step}
+    for name in passes_of(target):
+        reason = _prepare(target, with_vendor(base, [name]), isolate, steps)
+        if reason is not None:
+            rejected[with_vendor(base, [name])] = reason
+    times = _race(steps, seconds, target.x.device)
+    better = [name for name in times if name != base and _faster(times[base], times[name])]
+    return with_vendor(base, [name.split()[-1] for name in better])
+
+
+def _faster(before: list[float], after: list[float]) -> float | None:
+    """The median ratio within a round, if that is above 1 by more than the noise: its lower
+    quartile is not below 0.99."""
+    ratio = spread([b / a for b, a in zip(before, after, strict=True)])
+    return ratio.median if ratio.median > 1 and ratio.q1 >= 0.99 else None
 
 
 def choose(times: dict[str, list[float]], rejected: dict[str, str]) -> Entry:
@@ -346,9 +412,9 @@ def choose(times: dict[str, list[float]], rejected: dict[str, str]) -> Entry:
     for name, seconds in times.items():
         if name == EAGER:
             continue
-        ratio = spread([e / s for e, s in zip(times[EAGER], seconds, strict=True)])
-        if ratio.median > best and ratio.q1 >= 0.99:
-            choice, best = name, ratio.median
+        ratio = _faster(times[EAGER], seconds)
+        if ratio is not None and ratio > best:
+            choice, best = name, ratio
     return Entry(
         choice=choice,
         milliseconds={n: round(1e3 * statistics.median(t), 4) for n, t in sorted(times.items())},

@@ -81,14 +81,58 @@ def load_block(source, row0, rows, col0, cols, stride, ok, DESCRIPTOR: tl.conste
 @triton.jit
 def load_gate(
     mask_ptr, rows, col0, row_ok, units, ALIGN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The bits of rows and columns col0 .. col0 + BLOCK_N, as booleans."""
+    """The bits of rows and columns col0 .. col0 + BLOCK_N, as booleans. Groups (of GROUP columns,
+    0: one) may begin inside a byte: then a byte is loaded for each element."""
     _, stride = row_stride(units, ALIGN)
-    b = col0 // 8 + tl.arange(0, BLOCK_N // 8)
-    ok = row_ok[:, None] & (b < stride)[None, :]
-    byte = tl.load(mask_ptr + (rows * stride)[:, None] + b[None, :], mask=ok, other=0)
-    return unpack_bits(byte, BLOCK_M, BLOCK_N)
+    if GROUP % 8 == 0:
+        b = col0 // 8 + tl.arange(0, BLOCK_N // 8)
+        ok = row_ok[:, None] & (b < stride)[None, :]
+        byte = tl.load(mask_ptr + (rows * stride)[:, None] + b[None, :], mask=ok, other=0)
+        keep = unpack_bits(byte, BLOCK_M, BLOCK_N)
+    else:
+        col = col0 + tl.arange(0, BLOCK_N)
+        ok = row_ok[:, None] & (col // 8 < stride)[None, :]
+        byte = tl.load(mask_ptr + (rows * stride)[:, None] + (col // 8)[None, :], mask=ok, other=0)
+        keep = ((byte.to(tl.int32) >> (col % 8)[None, :]) & 1) != 0
+    return keep
+
+
+@triton.jit
+def column_tiles(size, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """How many tiles of BLOCK columns cover `size` of them, group by group (of GROUP; 0: one)."""
+    if GROUP:  # noqa: SIM108 (Triton compiles the branch that is taken)
+        tiles = size // GROUP * ((GROUP + BLOCK - 1) // BLOCK)
+    else:
+        tiles = tl.cdiv(size, BLOCK)
+    return tiles
+
+
+@triton.jit
+def columns_of(
+    tile, size, other, BLOCK: tl.constexpr, GROUP: tl.constexpr, OTHER: tl.constexpr
+):  # fmt: skip
+    """(first column of a tile, first and end of its group's columns, first and number of the
+    channels that the group meets). A tile lies in one group, so that a NaN stays in its group.
+
+    GROUP, OTHER: columns of a group, and the channels it meets; 0: one group of `size` and
+    `other`."""
+    if GROUP:
+        tiles = (GROUP + BLOCK - 1) // BLOCK
+        group = tile // tiles
+        start = group * GROUP
+        col0 = start + tile % tiles * BLOCK
+        end = start + GROUP
+        first = group * OTHER
+        count = tile * 0 + OTHER
+    else:
+        start = tile * 0
+        col0 = tile * BLOCK
+        end = size
+        first = tile * 0
+        count = other
+    return col0, start, end, first, count
 
 
 @triton.jit
@@ -135,7 +179,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of one conv: x (n, c, h, w), weight (k, c, r, s), y (n, k, p, q)."""
+    """Sizes of one conv: x (n, c, h, w), weight (k, c / groups, r, s), y (n, k, p, q)."""
 
     n: int
     c: int
@@ -149,15 +193,16 @@ class Geometry:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    groups: int = 1
 
     @classmethod
     def of(cls, x_shape, weight_shape, geometry) -> Geometry:
         n, c, h, w = x_shape
         k, _, r, s = weight_shape
-        sh, sw, ph, pw, dh, dw, _ = geometry
+        sh, sw, ph, pw, dh, dw, groups = geometry
         p = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1
         q = (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
-        return cls(n, c, h, w, k, r, s, p, q, (sh, sw), (ph, pw), (dh, dw))
+        return cls(n, c, h, w, k, r, s, p, q, (sh, sw), (ph, pw), (dh, dw), groups)
 
     @property
     def pointwise(self) -> bool:
@@ -170,9 +215,26 @@ class Geometry:
         return self.n * self.p * self.q
 
     @property
+    def group_c(self) -> int:
+        """Input channels of a group."""
+        return self.c // self.groups
+
+    @property
+    def group_k(self) -> int:
+        """Output channels of a group."""
+        return self.k // self.groups
+
+    @property
+    def group_constants(self) -> dict[str, int]:
+        """The kernels' GROUP_C and GROUP_K: 0 where there is one group."""
+        if self.groups == 1:
+            return {"GROUP_C": 0, "GROUP_K": 0}
+        return {"GROUP_C": self.group_c, "GROUP_K": self.group_k}
+
+    @property
     def flops(self) -> int:
         """Of each of fprop, dgrad and wgrad, counting padding as if it were there."""
-        return 2 * self.rows * self.k * self.c * self.r * self.s
+        return 2 * self.rows * self.k * self.group_c * self.r * self.s
 
 
 @dataclass(frozen=True)
@@ -243,8 +305,9 @@ def precision(dtype: torch.dtype) -> str:
 
 def descriptors(arch, geo: Geometry, *tensors: torch.Tensor | None) -> bool:
     """Whether a conv's tiles are loaded by tensor descriptor: a plain GEMM whose tensors and rows
-    start at whole 16 bytes, on an architecture with a copy engine."""
-    if not (arch.descriptors and geo.pointwise):
+    start at whole 16 bytes, on an architecture with a copy engine. (A descriptor would load the
+    next group's channels.)"""
+    if not (arch.descriptors and geo.pointwise and geo.groups == 1):
         return False
     return all(
         t is None or (t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0)
@@ -263,8 +326,6 @@ def source(x: torch.Tensor | None, rows: int, columns: int, by_descriptor: bool)
 
 def why_not(x: torch.Tensor, weight: torch.Tensor, geometry) -> str | None:
     """None when these kernels take the conv, otherwise the reason."""
-    if geometry[-1] != 1:
-        return f"groups={geometry[-1]}: the kernels take groups=1"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is NCHW; the kernels take channels_last"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):

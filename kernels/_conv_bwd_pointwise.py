@@ -120,7 +120,7 @@ def _conv_bwd_pointwise_kernel(
 
         # 3. prologues
         if gmask_ptr is not None:
-            keep = load_gate(gmask_ptr, row, 0, m_ok, k_units, K_ALIGN, BLOCK_M, BLOCK_K)
+            keep = load_gate(gmask_ptr, row, 0, m_ok, k_units, K_ALIGN, BLOCK_M, BLOCK_K, 0)
             g = tl.where(keep, g, 0.0).to(g.dtype)
         if MODE != "none":
             g = norm_gradient(
@@ -136,9 +136,9 @@ def _conv_bwd_pointwise_kernel(
 
         # 5. epilogue of dgrad: residual gradient, gate, sums
         v, s_g, s_gy, s_gd = finish_gradient(
-            v, row, m_ok, col0, c_units, res_ptr, res_mask_ptr,
+            v, row, m_ok, col0, C, c_units, res_ptr, res_mask_ptr,
             prev_ptr, prev_mask_ptr, prev_mean_ptr, prev_rstd_ptr, prev_gamma_ptr, prev_beta_ptr,
-            dual_ptr, dual_mean_ptr, C_ALIGN, dx_ptr.dtype.element_ty, BLOCK_M, BLOCK_N,
+            dual_ptr, dual_mean_ptr, C_ALIGN, dx_ptr.dtype.element_ty, BLOCK_M, BLOCK_N, 0,
         )  # fmt: skip
         tl.store(dx_ptr + (row * C)[:, None] + col[None, :], v, mask=x_ok)
         sum_g += s_g
@@ -160,6 +160,8 @@ def why_not(x, weight, geometry) -> str | None:
     geo = Geometry.of(x.shape, weight.shape, geometry)
     if not geo.pointwise:
         return "not a 1x1 conv of stride 1"
+    if geo.groups > 1:
+        return f"groups={geo.groups}: a program would hold dw of all of them"
     if bwd_pointwise_config(geo, x) is None:
         return f"{geo.k} output channels: a program cannot hold dw of all of them"
     return None

@@ -121,6 +121,8 @@ def _gemm(
     # operand 9 times from L2 and shared memory: the larger tile.
     most_m = arch.block_m // 2 if geo.pointwise or half else arch.block_m
     most_n = arch.block_n // 2 if epilogue > 1 or half else arch.block_n  # registers: spills else
+    if geo.groups > 1:  # few columns: with 64 rows on 4 warps a thread still loads 16 bytes of each
+        most_m = min(most_m, 64)
     if _plain_fma(arch, itemsize):
         most_m, most_n = most_m // 2, min(arch.block_n, 64)
     block_m = _fit(rows, most_m)
@@ -143,16 +145,32 @@ def _lean(arch: Arch) -> Arch:
     return replace(arch, row_bytes=64, stages=4)
 
 
+def _more_warps(config: ConvConfig) -> ConvConfig:
+    """64 rows on 8 warps for 128 on 8 or 64 on 4, where a tile has 128 columns: with a prologue
+    that forms its operand, or an epilogue with sums, a thread would need more than 255 registers.
+    As many warps an SM as before, and the columns, which the prologue is repeated for, stay."""
+    return replace(config, block_m=64, num_warps=8) if config.block_n >= 128 else config
+
+
 def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
     arch = arch_of(x.device)
+    size = x.element_size()
+    plain = _plain_fma(arch, size)
     if arch.name in ("sm_80", "sm_100") and not stats:
         arch = replace(_lean(arch), block_n=min(arch.block_n, 64))
-    elif arch.name == "sm_100" and shortcut and x.element_size() < 4:
-        arch = replace(arch, stages=4)  # a third buffer happens to need fewer registers
-    found = _gemm(arch, geo, geo.rows, geo.k, geo.c, x.element_size(), 1 + shortcut, 0, stats)
-    tf32 = x.element_size() == 4 and not _plain_fma(arch, 4)
-    if arch.name == "sm_100" and shortcut and tf32:
-        found = replace(found, num_warps=8)  # spills else
+        if arch.name == "sm_80":
+            arch = replace(arch, stages=3)
+    spilling = {"sm_80": size == 4 and not plain, "sm_90": plain and not geo.pointwise}
+    if stats and not shortcut and spilling.get(arch.name):
+        arch = replace(arch, maxnreg=168)  # three programs of 4 warps: ptxas spills for a fourth
+    columns, summed = geo.group_k, geo.group_c
+    found = _gemm(arch, geo, geo.rows, columns, summed, size, 1 + shortcut, 0, stats)
+    if arch.name == "sm_100" and shortcut and not plain:
+        found = replace(found, num_warps=8)  # one program of 8 warps for two of 4, which spill
+    if (arch.name == "sm_90" and stats and not geo.pointwise) or (
+        arch.name == "gfx942" and not stats and geo.pointwise  # 8-byte loads of Triton 3.6 else
+    ):
+        found = _more_warps(found)
     return found
 
 
@@ -162,15 +180,19 @@ def dgrad_config(geo, x, mode: str, epilogue: int) -> ConvConfig:
     prologue = 2 if mode == "bn" else 1
     if arch.name == "sm_100" and prologue == 1 and not geo.pointwise:
         arch = _lean(arch)
-    return _gemm(arch, geo, geo.rows, geo.c, geo.k, x.element_size(), prologue, epilogue, False)
+    size = x.element_size()
+    found = _gemm(arch, geo, geo.rows, geo.group_c, geo.group_k, size, prologue, epilogue, False)
+    return _more_warps(found) if arch.name in ("sm_90", "sm_100") else found
 
 
 def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     arch = arch_of(x.device)
     size = x.element_size()
     most = arch.block_n if size < 4 else arch.block_n // 2
-    block_k = _fit(geo.k, most)
-    block_n = _fit(geo.c, most)
+    block_k = _fit(geo.group_k, most)
+    block_n = _fit(geo.group_c, most)
+    if arch.name == "sm_100" and _plain_fma(arch, size):
+        block_k = min(block_k, 32)  # from 64 rows up Triton 3.6 takes tcgen05, which rounds to TF32
     # The dot sums over pixels; the rows of both operands are contiguous in channels, so the step
     # only sets how much is in flight.
     both = arch.name == "sm_80" and mode == "bn" and norm  # two prologues spill there
@@ -220,13 +242,14 @@ class Cut:
     programs: int
 
 
-def cut(rows: int, columns: int, config: ConvConfig) -> Cut:
-    """By shape and table alone, so that sums repeat bit for bit on any device of one architecture.
+def cut(rows: int, columns: int, config: ConvConfig, groups: int = 1) -> Cut:
+    """Of `rows` and, in each group, `columns`: by shape and table alone, so that sums repeat bit
+    for bit on any device of one architecture.
 
     At most 512 chunks: the partials are then under 1/50 of the tensor they are sums of.
     """
     tiles_m = triton.cdiv(rows, config.block_m)
-    tiles_n = triton.cdiv(columns, config.block_n)
+    tiles_n = groups * triton.cdiv(columns, config.block_n)
     chunks = max(1, min(_MAX_CHUNKS, triton.cdiv(config.programs, tiles_n)))
     tiles = triton.cdiv(tiles_m, chunks)
     chunks = triton.cdiv(tiles_m, tiles)
@@ -237,7 +260,8 @@ def wgrad_cut(geo, config: ConvConfig, split_steps: int) -> tuple[int, int, int]
     """(tiles of dw, splits, rows of a split): one wave of two programs an SM, which are equal and
     so have no tail, since a split costs a partial of the whole dw: 6 MB an image of a ResNet-50
     at batch 256."""
-    tiles = triton.cdiv(geo.k, config.block_k) * triton.cdiv(geo.c, config.block_n) * geo.r * geo.s
+    tiles_k = geo.groups * triton.cdiv(geo.group_k, config.block_k)
+    tiles = tiles_k * triton.cdiv(geo.group_c, config.block_n) * geo.r * geo.s
     splits = max(1, config.programs // (4 * tiles))
     steps = triton.cdiv(geo.rows, config.block_m)
     each = max(triton.cdiv(steps, splits), min(split_steps, steps))

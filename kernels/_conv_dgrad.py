@@ -15,6 +15,8 @@ import triton.language as tl
 from ._bn_bwd import finalise
 from ._conv import (
     Geometry,
+    column_tiles,
+    columns_of,
     descriptors,
     dot,
     inside,
@@ -37,22 +39,24 @@ from ._tile import bound, load_affine, load_vector, normalise, passes, rounded
 
 @triton.jit
 def finish_gradient(
-    v, row, row_ok, col0, units,
+    v, row, row_ok, col0, end, units,
     res_ptr, res_mask_ptr,
     prev_ptr, prev_mask_ptr, prev_mean_ptr, prev_rstd_ptr, prev_gamma_ptr, prev_beta_ptr,
     dual_ptr, dual_mean_ptr,
     ALIGN: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """g = gate(v + gate(dres)) in DTYPE of a tile of x's gradient, and its column sums of g,
-    g * (y - mean) and g * (dual - dual_mean), y the previous conv's raw output."""
+    g * (y - mean) and g * (dual - dual_mean), y the previous conv's raw output. The tile's columns
+    are col0 .. end."""
     C = units * ALIGN
     col = col0 + tl.arange(0, BLOCK_N)
-    col_ok = col < C
+    col_ok = col < end
     ok = row_ok[:, None] & col_ok[None, :]
     if res_ptr is not None:
         d = load_tile(res_ptr, row, col, C, ok).to(tl.float32)
         if res_mask_ptr is not None:
-            keep = load_gate(res_mask_ptr, row, col0, row_ok, units, ALIGN, BLOCK_M, BLOCK_N)
+            keep = load_gate(res_mask_ptr, row, col0, row_ok, units, ALIGN, BLOCK_M, BLOCK_N, GROUP)
             d = tl.where(keep, d, 0.0)
         v += d
     sum_g = 0.0
@@ -68,7 +72,9 @@ def finish_gradient(
         if prev_mask_ptr is None:
             gate = passes(rounded(normalise(y.to(tl.float32), mean, scale, beta), y.dtype))
         else:
-            gate = load_gate(prev_mask_ptr, row, col0, row_ok, units, ALIGN, BLOCK_M, BLOCK_N)
+            gate = load_gate(
+                prev_mask_ptr, row, col0, row_ok, units, ALIGN, BLOCK_M, BLOCK_N, GROUP
+            )
         g = tl.where(gate & ok, g, 0.0).to(DTYPE)
         stored = g.to(tl.float32)
         centred = tl.where(ok, y.to(tl.float32) - mean, 0.0)
@@ -89,7 +95,7 @@ def _conv_dgrad_kernel(
     # descriptor where DESCRIPTOR
     gmask_ptr,  # (rows of y, ceil(K / 8)) uint8: its gate, or None
     y_ptr,  # (rows of y, K) or None
-    w_ptr,  # (K, R * S * C)
+    w_ptr,  # (K, R * S * C / groups)
     mean_ptr,  # (K,) fp32: the batch norm behind the conv, or None
     rstd_ptr,
     gamma_ptr,
@@ -134,6 +140,8 @@ def _conv_dgrad_kernel(
     chunks,
     C_ALIGN: tl.constexpr,
     K_ALIGN: tl.constexpr,
+    GROUP_C: tl.constexpr,  # channels of a group; 0: one group
+    GROUP_K: tl.constexpr,
     POINTWISE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     WIDE: tl.constexpr,
@@ -146,12 +154,15 @@ def _conv_dgrad_kernel(
     # 1. locate the chunk: input channels fastest, so that dy is read from memory once
     C = c_units * C_ALIGN
     K = k_units * K_ALIGN
-    tiles_n = tl.cdiv(C, BLOCK_N)
-    col0 = tl.program_id(0) % tiles_n * BLOCK_N
+    tiles_n = column_tiles(C, BLOCK_N, GROUP_C)
+    col0, c_first, c_end, k_first, k_count = columns_of(
+        tl.program_id(0) % tiles_n, C, K, BLOCK_N, GROUP_C, GROUP_K
+    )
     chunk = tl.program_id(0) // tiles_n
     col = col0 + tl.arange(0, BLOCK_N)
-    col_ok = col < C
-    blocks = tl.cdiv(K, BLOCK_K)
+    col_ok = col < c_end
+    c_count = c_end - c_first
+    blocks = tl.cdiv(k_count, BLOCK_K)
     first = chunk * tiles
     last = tl.minimum(first + tiles, tl.cdiv(rows, BLOCK_M))
 
@@ -167,32 +178,36 @@ def _conv_dgrad_kernel(
             # 2. load tiles
             if POINTWISE:
                 tap = 0
-                k0 = step * BLOCK_K
+                k0 = k_first + step * BLOCK_K
                 a_row = row
                 a_ok = m_ok
             else:
                 th = step // blocks // taps_w
                 tw = step // blocks % taps_w
                 tap = tap0 + th * tap_h + tw * tap_w
-                k0 = step % blocks * BLOCK_K
+                k0 = k_first + step % blocks * BLOCK_K
                 a_row = row + (th * step_h * out_w + tw * step_w)
                 a_ok = inside(m_ok, p0 + th * step_h, q0 + tw * step_w, out_h, out_w, POINTWISE)
             ch = k0 + tl.arange(0, BLOCK_K)
-            ch_ok = ch < K
+            ch_ok = ch < k_first + k_count
             ok = a_ok[:, None] & ch_ok[None, :]
             a = load_block(g_ptr, tile * BLOCK_M, a_row, k0, ch, K, ok, DESCRIPTOR)
             y = a
             if MODE == "bn":
                 y = load_block(y_ptr, tile * BLOCK_M, a_row, k0, ch, K, ok, DESCRIPTOR)
             b = tl.load(
-                w_ptr + (ch * (window * C) + tap * C)[:, None] + col[None, :],
+                w_ptr
+                + (ch * (window * c_count) + tap * c_count)[:, None]
+                + (col - c_first)[None, :],
                 mask=ch_ok[:, None] & col_ok[None, :],
                 other=0.0,
             )
 
             # 3. prologue
             if gmask_ptr is not None:
-                keep = load_gate(gmask_ptr, a_row, k0, a_ok, k_units, K_ALIGN, BLOCK_M, BLOCK_K)
+                keep = load_gate(
+                    gmask_ptr, a_row, k0, a_ok, k_units, K_ALIGN, BLOCK_M, BLOCK_K, GROUP_K
+                )
                 a = tl.where(keep, a, 0.0).to(a.dtype)
             if MODE != "none":
                 a = norm_gradient(
@@ -211,9 +226,10 @@ def _conv_dgrad_kernel(
                 m, grid_h, grid_w, in_h, in_w, stride_h, stride_w, first_h, first_w, False, WIDE
             )
         g, s_g, s_gy, s_gd = finish_gradient(
-            acc, x_row, m_ok, col0, c_units, res_ptr, res_mask_ptr,
+            acc, x_row, m_ok, col0, c_end, c_units, res_ptr, res_mask_ptr,
             prev_ptr, prev_mask_ptr, prev_mean_ptr, prev_rstd_ptr, prev_gamma_ptr, prev_beta_ptr,
             dual_ptr, dual_mean_ptr, C_ALIGN, dx_ptr.dtype.element_ty, BLOCK_M, BLOCK_N,
+            GROUP_C,
         )  # fmt: skip
         at = dx_ptr + (x_row * C)[:, None] + col[None, :]
         tl.store(at, g, mask=m_ok[:, None] & col_ok[None, :])
@@ -264,8 +280,9 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
     dres = (None, None) if dres is None else dres
     reads = (dres[0], previous[0], previous[-2])
     config = dgrad_config(geo, dx, mode, sum(t is not None for t in reads))
+    columns = geo.group_c, config, geo.groups
     every = [
-        (a, b, geo.n * a.size * b.size, cut(geo.n * a.size * b.size, geo.c, config))
+        (a, b, geo.n * a.size * b.size, cut(geo.n * a.size * b.size, *columns))
         for a in phases(geo.h, geo.r, geo.stride[0], geo.padding[0], geo.dilation[0])
         for b in phases(geo.w, geo.s, geo.stride[1], geo.padding[1], geo.dilation[1])
     ]
@@ -293,6 +310,7 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
             maxnreg=config.maxnreg,
             C_ALIGN=c_align,
             K_ALIGN=k_align,
+            **geo.group_constants,
             POINTWISE=geo.pointwise,
             DESCRIPTOR=by_descriptor,
             WIDE=wide(dx, g.dz),

@@ -16,6 +16,8 @@ from ._bn_stats import chan, finalise
 from ._conv import (
     Geometry,
     activate,
+    column_tiles,
+    columns_of,
     descriptors,
     dot,
     inside,
@@ -40,7 +42,7 @@ def _conv_fprop_kernel(
     z_ptr,  # (rows, C): the block's output, written on the way; None: not wanted
     zmask_ptr,  # (rows, ceil(C / 8)) uint8 or None
     x_ptr,  # (N * H * W, C); a descriptor of it where DESCRIPTOR
-    w_ptr,  # (K, R * S * C)
+    w_ptr,  # (K, R * S * C / groups)
     mean_ptr,  # (C,) fp32: the input's batch norm; None: x is taken as it is
     rstd_ptr,
     gamma_ptr,
@@ -74,6 +76,8 @@ def _conv_fprop_kernel(
     chunks,
     C_ALIGN: tl.constexpr,
     K_ALIGN: tl.constexpr,
+    GROUP_C: tl.constexpr,  # channels of a group; 0: one group
+    GROUP_K: tl.constexpr,
     POINTWISE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     WIDE: tl.constexpr,
@@ -86,13 +90,14 @@ def _conv_fprop_kernel(
     # 1. locate the chunk: output channels fastest, so that x is read from memory once
     C, mask_stride = row_stride(c_units, C_ALIGN)
     K = k_units * K_ALIGN
-    tiles_n = tl.cdiv(K, BLOCK_N)
+    tiles_n = column_tiles(K, BLOCK_N, GROUP_K)
     pid_n = tl.program_id(0) % tiles_n
     chunk = tl.program_id(0) // tiles_n
-    col = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_ok = col < K
+    col0, _, k_end, c_first, c_count = columns_of(pid_n, K, C, BLOCK_N, GROUP_K, GROUP_C)
+    col = col0 + tl.arange(0, BLOCK_N)
+    col_ok = col < k_end
     kk = tl.arange(0, BLOCK_K)
-    blocks = tl.cdiv(C, BLOCK_K)
+    blocks = tl.cdiv(c_count, BLOCK_K)
     first = chunk * tiles
     last = tl.minimum(first + tiles, tl.cdiv(rows, BLOCK_M))
 
@@ -111,22 +116,24 @@ def _conv_fprop_kernel(
             # 2. load tiles
             if POINTWISE:
                 tap = 0
-                c0 = step * BLOCK_K
+                c0 = c_first + step * BLOCK_K
                 a_row = row
                 a_ok = m_ok
             else:
                 tap = step // blocks
-                c0 = step % blocks * BLOCK_K
+                c0 = c_first + step % blocks * BLOCK_K
                 dh = tap // taps_w * dil_h
                 dw = tap % taps_w * dil_w
                 a_row = row + (dh * in_w + dw)
                 a_ok = inside(m_ok, h0 + dh, w0 + dw, in_h, in_w, POINTWISE)
             ch = c0 + kk
-            ch_ok = ch < C
+            ch_ok = ch < c_first + c_count
             ok = a_ok[:, None] & ch_ok[None, :]
             a = load_block(x_ptr, tile * BLOCK_M, a_row, c0, ch, C, ok, DESCRIPTOR)
             b = tl.load(
-                w_ptr + (tap * C + ch)[:, None] + (col * (taps_h * taps_w * C))[None, :],
+                w_ptr
+                + (tap * c_count + (ch - c_first))[:, None]
+                + (col * (taps_h * taps_w * c_count))[None, :],
                 mask=ch_ok[:, None] & col_ok[None, :],
                 other=0.0,
             )
@@ -205,7 +212,7 @@ _NONE = (None,) * 4
 def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, add, relu):
     geo = Geometry.of(x.shape, weight.shape, geometry)
     config = fprop_config(geo, x, shortcut is not None, with_stats)
-    plan = cut(geo.rows, geo.k, config)
+    plan = cut(geo.rows, geo.group_k, config, geo.groups)
     # The block prologue writes z where it read x: it has the addresses anyway.
     by_descriptor = shortcut is None and descriptors(arch_of(x.device), geo, x)
     tile = config.block_m, config.block_k
@@ -228,6 +235,7 @@ def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, 
         maxnreg=config.maxnreg,
         C_ALIGN=c_align,
         K_ALIGN=k_align,
+        **geo.group_constants,
         POINTWISE=geo.pointwise,
         DESCRIPTOR=by_descriptor,
         WIDE=wide(x, y),

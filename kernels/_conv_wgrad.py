@@ -14,6 +14,8 @@ import triton.language as tl
 from ._conv import (
     Geometry,
     activate,
+    column_tiles,
+    columns_of,
     descriptors,
     dot,
     inside,
@@ -34,7 +36,7 @@ from ._tile import bound, rounded
 
 @triton.jit
 def _conv_wgrad_kernel(
-    part_ptr,  # (splits, K, R * S, C) fp32
+    part_ptr,  # (splits, K, R * S, C / groups) fp32
     g_ptr,  # (rows, K): dy, or the gradient of the batch norm behind the conv
     gmask_ptr,  # (rows, ceil(K / 8)) uint8: its gate, or None
     y_ptr,  # (rows, K) or None
@@ -67,6 +69,8 @@ def _conv_wgrad_kernel(
     chunk,  # rows of a split
     C_ALIGN: tl.constexpr,
     K_ALIGN: tl.constexpr,
+    GROUP_C: tl.constexpr,  # channels of a group; 0: one group
+    GROUP_K: tl.constexpr,
     POINTWISE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     WIDE: tl.constexpr,
@@ -82,18 +86,20 @@ def _conv_wgrad_kernel(
     K = k_units * K_ALIGN
     taps = taps_h * taps_w
     pid = tl.program_id(0)
-    tiles_c = tl.cdiv(C, BLOCK_N)
-    tiles_k = tl.cdiv(K, BLOCK_K)
-    c0 = pid % tiles_c * BLOCK_N
+    tiles_c = tl.cdiv(GROUP_C if GROUP_C else C, BLOCK_N)
+    tiles_k = column_tiles(K, BLOCK_K, GROUP_K)
     tap = pid // tiles_c % taps
-    k0 = pid // (tiles_c * taps) % tiles_k * BLOCK_K
+    k0, _, k_end, c_first, c_count = columns_of(
+        pid // (tiles_c * taps) % tiles_k, K, C, BLOCK_K, GROUP_K, GROUP_C
+    )
+    c0 = c_first + pid % tiles_c * BLOCK_N
     split = pid // (tiles_c * taps * tiles_k)
     dh = tap // taps_w * dil_h
     dw = tap % taps_w * dil_w
     col = c0 + tl.arange(0, BLOCK_N)
     ch = k0 + tl.arange(0, BLOCK_K)
-    col_ok = col < C
-    ch_ok = ch < K
+    col_ok = col < c_first + c_count
+    ch_ok = ch < k_end
 
     acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for m0 in range(bound(split * chunk), bound(tl.minimum(split * chunk + chunk, rows)), BLOCK_M):
@@ -116,7 +122,7 @@ def _conv_wgrad_kernel(
 
         # 3. prologues
         if gmask_ptr is not None:
-            keep = load_gate(gmask_ptr, row, k0, m_ok, k_units, K_ALIGN, BLOCK_M, BLOCK_K)
+            keep = load_gate(gmask_ptr, row, k0, m_ok, k_units, K_ALIGN, BLOCK_M, BLOCK_K, GROUP_K)
             g = tl.where(keep, g, 0.0).to(g.dtype)
         if MODE != "none":
             g = norm_gradient(
@@ -130,7 +136,8 @@ def _conv_wgrad_kernel(
         acc = dot(tl.trans(g), x, acc, PRECISION)
 
     # 5. store partials
-    at = (split * K + ch[:, None]).to(tl.int64) * (taps * C) + tap * C + col[None, :]
+    at = (split * K + ch[:, None]).to(tl.int64) * (taps * c_count) + tap * c_count
+    at += (col - c_first)[None, :]
     tl.store(part_ptr + at, acc, mask=ch_ok[:, None] & col_ok[None, :])
 
 
@@ -161,7 +168,7 @@ def _conv_wgrad_finalise_kernel(
 
 
 def add_splits(dw, part):
-    """dw = the sum of part (splits, K, R * S, C) over splits."""
+    """dw = the sum of part (splits, K, R * S, C / groups) over splits."""
     splits = part.shape[0]
     k, c, r, s = dw.shape
     assert r == 1 or dw.stride(2) == s * dw.stride(3), dw.stride()
@@ -181,7 +188,9 @@ def conv_wgrad(dw, g, x, geometry, bn, norm):
     mode, y, vectors = norm_arguments(bn)
     config = wgrad_config(geo, x, mode, norm is not None)
     tiles, splits, chunk = wgrad_cut(geo, config, arch_of(x.device).split_steps)
-    part = torch.empty((splits, geo.k, geo.r * geo.s, geo.c), dtype=torch.float32, device=x.device)
+    part = torch.empty(
+        (splits, geo.k, geo.r * geo.s, geo.group_c), dtype=torch.float32, device=x.device
+    )
     by_descriptor = descriptors(arch_of(x.device), geo, x, g.dz, y)
     dz, y = (source(t, config.block_m, config.block_k, by_descriptor) for t in (g.dz, y))
     tile_x = config.block_m, config.block_n
@@ -199,6 +208,7 @@ def conv_wgrad(dw, g, x, geometry, bn, norm):
         maxnreg=config.maxnreg,
         C_ALIGN=c_align,
         K_ALIGN=k_align,
+        **geo.group_constants,
         POINTWISE=geo.pointwise,
         DESCRIPTOR=by_descriptor,
         WIDE=wide(x, g.dz),

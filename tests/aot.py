@@ -78,23 +78,31 @@ class Record:
     def conv(self) -> bool:
         return "_conv_" in self.kernel
 
+    @property
+    def grouped(self) -> bool:
+        return " groups of " in self.case
+
     def instructions(self) -> tuple[str, ...]:
         """What a dot should compile to: one of these; none: no matrix unit takes this dtype.
 
         fp32 without TF32 runs on plain FMAs, on gfx942 on the matrix unit's fp32. wgmma takes TF32
         operands only with the summed dimension contiguous, and tcgen05 alike: Triton transposes
-        the others on the way, or uses the older mma.sync."""
+        the others on the way, or uses the older mma.sync. That is used, too, for the few channels
+        of a group, below the 64 rows of wgmma and tcgen05."""
         if self.target == "gfx942":
             return ("v_mfma",)
         if self.dtype == "fp32":
             return ()
         best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}[self.target]
-        return (best, "HMMA") if self.dtype == "tf32" else (best,)
+        return (best, "HMMA") if self.dtype == "tf32" or self.grouped else (best,)
 
     def _narrow_allowed(self, what: str) -> bool:
         """wgmma and tcgen05 take TF32 operands only as described in `instructions`: Triton copies
         the others 4 bytes a thread, 128 a warp, to transpose them on the way. On gfx942 it stores
-        from the layout of the matrix unit, 8 bytes a lane."""
+        from the layout of the matrix unit, 8 bytes a lane. A group's channels may be fewer than 16
+        bytes."""
+        if self.grouped:
+            return True
         if self.target == "gfx942":
             return what == "stores"
         return self.dtype == "tf32" and self.target != "sm_80" and what == "loads"
@@ -102,9 +110,7 @@ class Record:
     def problems(self) -> list[str]:
         """Where the kernel breaks its budget."""
         out = []
-        # ptxas parks a few registers for the time of the loop where that lets one more program on
-        # the SM: 3 to 20 accesses a tile. More, or any in the loop, is a tile that is too large.
-        if self.local_in_loop or self.local > 32:
+        if self.local or self.local_accesses:
             out.append(
                 f"spills: {self.local} bytes of stack, {self.local_accesses} accesses, "
                 f"{self.local_in_loop} in the loop"

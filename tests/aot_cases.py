@@ -238,6 +238,8 @@ def _describe(launch: Launch, where: str) -> str:
         kind = f"{named['taps_h']}x{named['taps_w']}"
         stride = named.get("stride_h", 1)
         kind += f" s{stride}" if stride > 1 else ""
+    if constants.get("GROUP_C"):
+        kind += f" groups of {constants['GROUP_C']}"
     return " ".join([kind, *words]) + f" ({where})"
 
 
@@ -255,7 +257,12 @@ def _stages(network: str) -> Iterator[tuple[str, list]]:
         yield name, blocks
 
 
-def ladder(target: str, dtype_name: str, steps=STEPS, batch: int = 256) -> list[Launch]:
+NETWORKS = ("resnet18", "resnet50")
+
+
+def ladder(
+    target: str, dtype_name: str, steps=STEPS, networks=NETWORKS, batch: int = 256
+) -> list[Launch]:
     """The conv kernels' launches of the residual stages, duplicates of form and tile left out."""
     from fastres.ops import _ladder
 
@@ -264,7 +271,7 @@ def ladder(target: str, dtype_name: str, steps=STEPS, batch: int = 256) -> list[
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = dtype_name == "tf32"
     try:
-        for network in ("resnet18", "resnet50"):
+        for network in networks:
             x = activation(batch, 64, 56, dtype)
             for name, blocks in _stages(network):
                 for rung, training, backward in steps:
@@ -307,6 +314,12 @@ def _stage(_ladder, x, blocks, rung: str, training: bool, save: bool, dtype) -> 
     return z
 
 
+def grouped(target: str, dtype_name: str) -> list[Launch]:
+    """The launches of ResNeXt-50's grouped convolutions: groups of 4, 8, 16 and 32 channels."""
+    launches = ladder(target, dtype_name, FEW_STEPS[::2], ("resnext50_32x4d",))
+    return [x for x in launches if x.constants.get("GROUP_C")]
+
+
 def one_tile(launches: list[Launch]) -> list[Launch]:
     """One launch of each form, whatever its tile."""
     return list({launch.form(): launch for launch in reversed(launches)}.values())[::-1]
@@ -324,9 +337,9 @@ def extremes(launches: list[Launch]) -> list[Launch]:
 
 def everything(target: str) -> list[Launch]:
     """The committed table: bf16 in every form and tile, the other dtypes in one tile of the forms
-    that ResNet training and inference use most."""
+    that ResNet training and inference use most; grouped convs in bf16."""
     streams = STREAMS if target == "sm_90" else STREAMS[:1]
-    out = streaming(target, streams) + ladder(target, "bf16")
+    out = streaming(target, streams) + ladder(target, "bf16") + grouped(target, "bf16")
     for dtype in ("fp16", "tf32", "fp32"):
         out += one_tile(ladder(target, dtype, FEW_STEPS))
     return out
@@ -339,4 +352,5 @@ def some(target: str) -> list[Launch]:
     out += bf16 if target == "sm_90" else extremes(bf16)
     if target == "sm_90":
         out += extremes(one_tile(ladder(target, "tf32", FEW_STEPS)))
+    out += extremes([x for x in grouped(target, "bf16") if x.constants["GROUP_C"] == 32])
     return out

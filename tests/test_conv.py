@@ -37,10 +37,11 @@ class Layer:
     stride: int
     padding: int
     dilation: int
+    groups: int = 1
 
     @property
     def geometry(self) -> list[int]:
-        return [*[self.stride] * 2, *[self.padding] * 2, *[self.dilation] * 2, 1]
+        return [*[self.stride] * 2, *[self.padding] * 2, *[self.dilation] * 2, self.groups]
 
     @property
     def out(self) -> tuple[int, int, int, int]:
@@ -51,11 +52,12 @@ class Layer:
 
     @property
     def pointwise(self) -> bool:
-        return (self.r, self.s, self.stride, self.padding) == (1, 1, 1, 0)
+        return (self.r, self.s, self.stride, self.padding, self.groups) == (1, 1, 1, 0, 1)
 
 
-# The layer types of ResNet-18/50/152, ResNeXt's dense ones and the CIFAR nets at reduced size, and
-# the odd ones: 35 channels, 7x7 maps, one image, strides on odd sizes, 5x5, 7x7, dilation, 1x3.
+# The layer types of ResNet-18/50/152, ResNeXt and the CIFAR nets at reduced size, and the odd ones:
+# 35 channels, 7x7 maps, one image, strides on odd sizes, 5x5, 7x7, dilation, 1x3; groups that begin
+# inside a mask byte, of more columns than a tile, of one channel.
 LAYERS = {
     "1x1": Layer(2, 64, 8, 8, 48, 1, 1, 1, 0, 1),
     "1x1 odd": Layer(1, 35, 7, 7, 24, 1, 1, 1, 0, 1),
@@ -69,8 +71,14 @@ LAYERS = {
     "3x3 d2": Layer(1, 16, 9, 9, 16, 3, 3, 1, 2, 2),
     "3x3 s3 d2": Layer(1, 8, 11, 10, 16, 3, 3, 3, 2, 2),
     "1x3": Layer(1, 8, 6, 9, 16, 1, 3, 1, 0, 1),
+    "3x3 g4": Layer(2, 16, 8, 7, 16, 3, 3, 1, 1, 1, 4),
+    "3x3 s2 g2": Layer(1, 24, 9, 7, 40, 3, 3, 2, 1, 1, 2),
+    "3x3 wide g2": Layer(1, 96, 4, 5, 80, 3, 3, 1, 1, 1, 2),
+    "1x1 g3": Layer(2, 24, 5, 5, 36, 1, 1, 1, 0, 1, 3),
+    "depthwise": Layer(1, 12, 6, 6, 12, 3, 3, 1, 1, 1, 12),
 }
-FEW = ("1x1 odd", "3x3", "3x3 s2")
+GROUPED = ("3x3 g4", "3x3 s2 g2", "3x3 wide g2", "1x1 g3", "depthwise")
+FEW = ("1x1 odd", "3x3", "3x3 s2", "3x3 g4")
 
 
 def layers(names=tuple(LAYERS), dtypes=tuple(DTYPES)):
@@ -119,8 +127,9 @@ class Random:
         return x.contiguous(memory_format=torch.channels_last)
 
     def weight(self, layer: Layer) -> Tensor:
-        fan = layer.c * layer.r * layer.s
-        return (self.normal(layer.k, layer.c, layer.r, layer.s) * fan**-0.5).to(self.dtype)
+        shape = layer.k, layer.c // layer.groups, layer.r, layer.s
+        fan = shape[1] * layer.r * layer.s
+        return (self.normal(*shape) * fan**-0.5).to(self.dtype)
 
     def norm(self, channels: int) -> Normalise:
         mean, gamma, beta = (self.normal(channels) for _ in range(3))
@@ -237,7 +246,7 @@ def _act(module, out, x, w, geometry, norm, residual, relu):
 
 
 @pytest.mark.parametrize("residual, relu", [(True, True), (False, True), (False, False)])
-@layers(("1x1 wide", "1x1 s2", "3x3 odd", "3x3 s2", "7x7 s2"))
+@layers(("1x1 wide", "1x1 s2", "3x3 odd", "3x3 s2", "7x7 s2", "3x3 g4"))
 def test_fprop_act(triton, layer, dtype, residual, relu):
     _, (x, w, geometry, _) = fprop_case(layer, dtype, False)
     random = Random(dtype, "act", layer)
@@ -354,7 +363,7 @@ def test_dgrad(triton, layer, dtype, form):
     check(triton, dtype, outputs, _dgrad, g, w, layer.geometry, bn, dres, prev)
 
 
-@layers(("5x5", "7x7 s2", "3x3 d2", "3x3 s3 d2", "1x3", "3x3"))
+@layers(("5x5", "7x7 s2", "3x3 d2", "3x3 s3 d2", "1x3", "3x3", *GROUPED))
 def test_dgrad_of_other_shapes(triton, layer, dtype):
     random, x, w, g, bn = gradient_case(layer, dtype, "bn", False)
     outputs = gradient_outputs(x, "recompute")
@@ -378,7 +387,18 @@ def test_wgrad(triton, layer, dtype, mode, masked, norm):
     check(triton, dtype, outputs, _wgrad, g, x, layer.geometry, bn, affine)
 
 
-@layers(("5x5", "3x3 d2", "3x3 s3 d2", "1x3", "3x3"))
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f)))
+@layers(("3x3 g4", "3x3 s2 g2"), ("fp32",))
+def test_dgrad_of_groups(triton, layer, dtype, form):
+    """Every prologue and epilogue: bits of a group that begins inside a byte, borders of groups."""
+    mode, masked, residual, previous = form
+    random, x, w, g, bn = gradient_case(layer, dtype, mode, masked)
+    dres, prev = residual_of(random, x, residual), previous_of(random, x, previous)
+    outputs = gradient_outputs(x, previous)
+    check(triton, dtype, outputs, _dgrad, g, w, layer.geometry, bn, dres, prev)
+
+
+@layers(("5x5", "3x3 d2", "3x3 s3 d2", "1x3", "3x3", *GROUPED))
 def test_wgrad_of_other_shapes(triton, layer, dtype):
     random, x, w, g, bn = gradient_case(layer, dtype, "bn", False)
     norm = random.norm(layer.c)
@@ -519,7 +539,6 @@ def test_two_runs_agree_bit_for_bit(triton, layer, dtype):
 @pytest.mark.parametrize(
     "shape, weight, geometry, fmt, dtype, reason",
     [
-        ((1, 8, 4, 4), (8, 4, 3, 3), [1, 1, 1, 1, 1, 1, 2], torch.channels_last, None, "groups=2"),
         ((1, 8, 4, 4), (8, 8, 3, 3), [1, 1, 1, 1, 1, 1, 1], torch.contiguous_format, None, "NCHW"),
         ((1, 8, 4, 4), (8, 8, 1, 1), [1, 1, 0, 0, 1, 1, 1], torch.channels_last, torch.float64,
          "float64"),
@@ -528,6 +547,28 @@ def test_two_runs_agree_bit_for_bit(triton, layer, dtype):
 def test_refuses_with_a_reason(triton, shape, weight, geometry, fmt, dtype, reason):
     x = torch.zeros(shape, dtype=dtype or torch.float32).contiguous(memory_format=fmt)
     assert reason in triton.conv_why_not(x, torch.zeros(weight), geometry)
+
+
+def test_a_nan_stays_in_its_group(triton):
+    layer, dtype = LAYERS["3x3 g4"], torch.float32
+    _, (x, w, geometry, _) = fprop_case(layer, dtype, False)
+    x[1, 5, 4, 4] = float("nan")  # the second of four groups of four channels
+    y, stats = empty(layer.out, dtype), torch.empty(3, layer.k)
+    triton.conv_fprop(y, stats, None, None, x, w, geometry, None, None, EPS)
+    bad = y.isnan().any(dim=(0, 2, 3)).nonzero().flatten().tolist()
+    assert bad == [4, 5, 6, 7] == stats[1].isnan().nonzero().flatten().tolist()
+    dx, dw = torch.empty_like(x), torch.empty_like(w)
+    g = Gradient(y)
+    triton.conv_dgrad(dx, None, g, w, geometry, None, None, None)
+    assert dx.isnan().any(dim=(0, 2, 3)).nonzero().flatten().tolist() == [4, 5, 6, 7]
+    triton.conv_wgrad(dw, g, x, geometry, None, None)
+    assert dw.isnan().any(dim=(1, 2, 3)).nonzero().flatten().tolist() == [4, 5, 6, 7]
+
+
+def test_the_joint_kernel_refuses_groups(triton):
+    x = torch.zeros(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    reason = triton.conv_bwd_pointwise_why_not(x, torch.zeros(8, 4, 1, 1), [1, 1, 0, 0, 1, 1, 2])
+    assert "groups=2" in reason
 
 
 def test_an_architecture_without_a_table_is_named(triton, monkeypatch):

@@ -47,7 +47,7 @@ def sample(dtype=torch.float32) -> Tensor:
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("kind, rung", [("basic", "c2"), ("bottleneck", "d")])
+@pytest.mark.parametrize("kind, rung", [("basic", "c2"), ("bottleneck", "d"), ("grouped", "c2")])
 def test_a_network_trains_on_triton(kind, rung, monkeypatch):
     """Every op on the Triton kernels: within twice eager's error of float64, by gradient."""
     kernels = backend("triton")
@@ -62,6 +62,8 @@ def test_a_network_trains_on_triton(kind, rung, monkeypatch):
     monkeypatch.setattr(
         "fastres._cpu.bn_stats", lambda *a: pytest.fail("another backend ran"), raising=True
     )
+    for name in ("conv_fwd", "conv_bwd"):
+        monkeypatch.setattr(_ladder, name, lambda *a: pytest.fail("a vendor's conv ran"))
     model = network(kind)
     truth = step(copy.deepcopy(model).double(), sample(torch.float64))
     eager = step(copy.deepcopy(model), sample())
@@ -122,14 +124,22 @@ def test_the_rung_can_be_changed_and_goes_with_revert():
     assert fastres.convert(fastres.revert(model)).layer1[0]._fastres.rung is None
 
 
-def test_the_report_names_the_rung_and_what_keeps_a_conv_from_it():
+def test_the_report_names_the_rung_and_what_keeps_a_conv_from_it(monkeypatch):
     model = fastres.convert(network("grouped"), fusion="c2")
     row = next(r for r in fastres.report(model).rows if r.path == "layer1.1")
     assert 'fusion "c2" cannot run here: the cpu backend has no fused convolutions' in row.reason
     with fastres.use_backend("reference"):
         row = next(r for r in fastres.report(model).rows if r.path == "layer1.1")
-    assert 'fusion "c2", conv2 on the vendor\'s conv (groups=8' in row.reason
-    assert "conv1 on" not in row.reason
+        assert row.reason.endswith('fusion "c2" on channels_last activations, others are an error')
+        monkeypatch.setattr(
+            "fastres._reference_backend.conv_why_not",
+            lambda x, w, geometry: "no groups" if geometry[-1] > 1 else None,
+        )
+        row = next(r for r in fastres.report(model).rows if r.path == "layer1.1")
+        assert row.reason.endswith("error, conv2 on the vendor's conv (no groups)")
+        model.to(memory_format=torch.contiguous_format)
+        row = next(r for r in fastres.report(model).rows if r.path == "layer1.1")
+        assert "the weights are NCHW and copied in every call" in row.reason
 
 
 def test_a_rung_that_cannot_run_is_an_error_that_changes_nothing():
@@ -138,6 +148,18 @@ def test_a_rung_that_cannot_run_is_an_error_that_changes_nothing():
     with pytest.raises(fastres.BackendError, match=r'fusion="d" needs fused convolutions'):
         model(sample())
     assert all(torch.equal(b, model.get_buffer(n)) for n, b in before.items())
+
+
+def test_a_batch_that_is_not_channels_last_is_an_error_on_a_rung_with_convs():
+    model = network("basic").double().to(memory_format=torch.contiguous_format)
+    fastres.convert(model, fusion="c1")
+    with fastres.use_backend("reference"):
+        with pytest.raises(fastres.BackendError, match=r'fusion="c1" takes channels_last'):
+            model(sample(torch.float64).contiguous())
+        truth = step(fastres.revert(copy.deepcopy(model)), sample(torch.float64))
+        got = step(model.to(memory_format=torch.channels_last), sample(torch.float64).contiguous())
+    for n, want in truth.items():
+        torch.testing.assert_close(got[n], want, rtol=1e-8, atol=1e-11, msg=n)
 
 
 @pytest.mark.parametrize("call", [

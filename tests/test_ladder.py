@@ -9,6 +9,7 @@ moves single gradients."""
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from common import TOLERANCES, backend
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastres
-from fastres.ops import BatchNorm, Block, Conv, Unit, residual_stage
+from fastres.ops import BatchNorm, Block, Conv, Unit, _ladder, residual_stage
 from fastres.ops._ladder import RUNGS
 
 
@@ -176,6 +178,8 @@ STAGES = {
     "basic": lambda: make("basic"),
     "basic, three": lambda: make("basic", blocks=3, width=24, size=7, stride=1),
     "grouped": lambda: make("bottleneck", groups=4),
+    "grouped, uneven": lambda: make("bottleneck", width=24, groups=2, blocks=1, size=7),
+    "basic, grouped": lambda: make("basic", groups=4),
     "dilated": lambda: make("basic", dilation=2, stride=1),
     "frozen BN": lambda: make("bottleneck", training="none"),
     "some BN frozen": lambda: make("bottleneck", training="mixed", blocks=3),
@@ -183,8 +187,9 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+@pytest.mark.parametrize(
+    "rung, layout", [*((rung, "nhwc") for rung in RUNGS), ("b", "nchw")], ids="-".join
+)
 @pytest.mark.parametrize("name", STAGES)
 def test_every_rung_is_exact_in_float64(name, layout, rung):
     stage = STAGES[name]()
@@ -265,14 +270,16 @@ def test_without_a_backward(kind, groups, training, rung):
 @pytest.mark.parametrize("name", ["grouped", "bottleneck, all grouped"])
 def test_a_vendor_that_answers_in_nchw(name, rung, monkeypatch):
     """Some vendor kernels give NCHW for an NHWC input; the fused convs take NHWC alone."""
-    from fastres.ops import _ladder
-
     conv_fwd, conv_bwd = _ladder.conv_fwd, _ladder.conv_bwd
 
     def nchw_bwd(*args):
         dx, dw = conv_bwd(*args)
         return None if dx is None else dx.contiguous(), dw
 
+    def no_groups(backend, x, weight, geometry):
+        return f"groups={geometry[-1]}" if geometry[-1] > 1 else None
+
+    monkeypatch.setattr(_ladder, "vendor_reason", no_groups)
     monkeypatch.setattr(_ladder, "conv_fwd", lambda *args: conv_fwd(*args).contiguous())
     monkeypatch.setattr(_ladder, "conv_bwd", nchw_bwd)
     stage = make("bottleneck", groups=4, blocks=2, stride=1 if "all" in name else 2)
@@ -313,6 +320,73 @@ def test_saves_no_normalised_copy(rung):
     assert sum(kept.values()) == 8 * (elements + vectors) + bits
 
 
+class Alive:
+    """Watches the storages that a stage saves, by block: the bytes still there."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.blocks: list[list[tuple[StorageWeakRef, int]]] = []
+        self.seen: list[list[int]] = []
+        module = importlib.import_module("fastres.ops.residual_stage")
+        forward, block = module.forward, _ladder.Backward.block
+
+        def watched(x, *args):
+            out = forward(x, *args)
+            stage = args[5]
+            z, zs, masks, ys, _ = out
+            for b, first in enumerate(stage.first_units()):
+                count = stage.main[b] + stage.projection[b]
+                tensors = [*ys[first : first + count], masks[b], *([zs[b - 1]] if b else [])]
+                storages = [t.untyped_storage() for t in tensors]
+                self.blocks.append([(StorageWeakRef(s), s.nbytes()) for s in storages])
+            return out
+
+        def counted(run, *args):
+            self.seen.append(self.bytes())
+            return block(run, *args)
+
+        monkeypatch.setattr(module, "forward", watched)
+        monkeypatch.setattr(_ladder.Backward, "block", counted)
+
+    def bytes(self) -> list[int]:
+        return [sum(n for ref, n in refs if not ref.expired()) for refs in self.blocks]
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_the_backward_frees_each_block_when_it_is_done(rung, monkeypatch):
+    """While a block is at work nothing of the blocks behind it is left, and nothing at the end."""
+    stage = make("bottleneck", blocks=4)
+    truth = step(plain, stage, torch.float64)
+    alive = Alive(monkeypatch)
+    with fastres.use_backend("reference"):
+        got = step(fused, stage, torch.float64, rung)
+    for key, want in truth.items():
+        torch.testing.assert_close(got[key], want, rtol=1e-9, atol=1e-11)
+    first, *later = alive.seen
+    assert len(first) == 4 and all(first)
+    for done, now in enumerate(later, start=1):
+        assert now == first[:-done] + [0] * done
+    assert alive.bytes() == [0] * 4
+
+
+def test_retain_graph_keeps_what_a_second_backward_needs(monkeypatch):
+    stage = make("bottleneck", blocks=3)
+    made = leaves(stage, torch.float64)
+    x = stage.x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    alive = Alive(monkeypatch)
+    with fastres.use_backend("reference"):
+        z = fused(x, stage, made, "d")
+        z.sum().backward(retain_graph=True)
+        assert all(alive.bytes()) and alive.seen[0] == alive.seen[-1]
+        once = [t.grad.clone() for t in (x, *(row[0] for row in made))]
+        z.sum().backward()
+        assert not any(alive.bytes())
+        twice = [t.grad for t in (x, *(row[0] for row in made))]
+        for a, b in zip(twice, once, strict=True):
+            torch.testing.assert_close(a, 2 * b)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time|freed"):
+            z.sum().backward()
+
+
 def test_rungs_go_through_the_registered_op():
     """opcheck: schema, fake implementation, autograd registration, on the deepest rung."""
     stage = make("bottleneck", width=4, size=5)
@@ -331,6 +405,46 @@ def test_rungs_go_through_the_registered_op():
     assert set(result.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("rung", list(RUNGS)[1:])
+@pytest.mark.parametrize("view", ["NCHW", "not dense"])
+def test_a_rung_on_another_layout_is_an_error(rung, view):
+    """Never the vendor's convs without a word."""
+    stage = make("basic", blocks=1)
+    made = leaves(stage, torch.float64)
+    x = (
+        stage.x.contiguous(memory_format=torch.channels_last)[:, :, 1:]
+        if "not" in view
+        else stage.x
+    )
+    with fastres.use_backend("reference"):
+        with pytest.raises(
+            fastres.BackendError, match=r"x\.to\(memory_format=torch\.channels_last"
+        ):
+            fused(x, stage, made, rung)
+        fused(x, stage, made, "b")
+        z = fused(x.contiguous(memory_format=torch.channels_last), stage, made, rung)
+    torch.testing.assert_close(z, plain(x, stage, leaves(stage, torch.float64), rung))
+
+
+def test_a_weight_that_is_copied_to_channels_last_is_counted():
+    stage = make("basic", blocks=1, stride=1)
+    made = leaves(stage, torch.float64)
+    truth = step(plain, stage, torch.float64)
+    with fastres.use_backend("reference"):
+        x = stage.x.contiguous(memory_format=torch.channels_last)
+        fastres.counters.reset()
+        fused(x, stage, made, "c2")
+        assert not fastres.counters.events()
+        for row in made:
+            row[0] = row[0].detach().contiguous().requires_grad_()
+        z = fused(x, stage, made, "c2")
+        ((event, count),) = fastres.counters.events().items()
+        assert "weight of a fused conv" in event and "NHWC" in event and count == 2
+        z.sum().backward()
+    assert all(row[0].grad.is_contiguous() for row in made)
+    torch.testing.assert_close(z, truth["z"])
+
+
 def test_an_unknown_rung_is_named():
     stage = make("basic", blocks=1)
     with pytest.raises(ValueError, match=r"unknown fusion 'e'; known: b, c1, c2, d"):
@@ -344,3 +458,113 @@ def test_a_rung_that_the_backend_cannot_run_is_an_error():
         pytest.raises(fastres.BackendError, match=r'fusion="c1" needs .* the cpu backend does not'),
     ):
         fused(stage.x.float(), stage, leaves(stage, torch.float32), "c1")
+
+
+# --- convs left to the vendor, pass by pass -------------------------------------------------------
+
+VENDOR = [
+    "c1 vendor conv2.fprop",
+    "c2 vendor conv2.dgrad",
+    "c2 vendor conv3.wgrad",
+    "d vendor conv1.dgrad",
+    "d vendor conv3.wgrad shortcut.dgrad",
+    "d vendor conv1.fprop",
+    "c2 vendor shortcut.fprop shortcut.wgrad",
+    "d vendor conv1.fprop conv2.dgrad conv2.fprop conv2.wgrad conv3.dgrad",
+]
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "some BN frozen", "some weights frozen"])
+@pytest.mark.parametrize("fusion", VENDOR)
+def test_passes_left_to_the_vendor_are_exact_in_float64(name, fusion):
+    frozen = name == "some weights frozen"
+    stage = make("bottleneck", frozen=True, blocks=3) if frozen else STAGES[name]()
+    truth = step(plain, stage, torch.float64)
+    with fastres.use_backend("reference"):
+        got = step(fused, stage, torch.float64, fusion)
+    assert got.keys() == truth.keys()
+    for key, want in truth.items():
+        torch.testing.assert_close(got[key], want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("fusion", VENDOR[-1:])
+def test_passes_left_to_the_vendor_on_triton(fusion):
+    backend("triton")
+    stage = STAGES["bottleneck"]()
+    truth = step(plain, stage, torch.float64, values_of=torch.float32)
+    eager = step(plain, stage, torch.float32)
+    with fastres.use_backend("triton"):
+        got = step(fused, stage, torch.float32, fusion)
+    for key, want in truth.items():
+        ours, theirs = error(got[key], want, False), error(eager[key], want, False)
+        assert ours <= 2 * theirs + 4 * TOLERANCES[torch.float32], key
+
+
+@pytest.mark.parametrize("fusion", VENDOR)
+def test_the_named_passes_and_no_others_are_the_vendors(fusion, monkeypatch):
+    stage = make("bottleneck", blocks=1)
+    convs = ["conv1", "conv2", "conv3", "shortcut"]
+    names = {
+        (tuple(layer.weight.shape), layer.stride): name
+        for layer, name in zip(stage.layers(), convs, strict=True)
+    }
+    assert len(names) == 4
+    vendor, ours = [], []
+    fwd, bwd = _ladder.conv_fwd, _ladder.conv_bwd
+
+    def of(w, geometry):
+        return names[tuple(w.shape), geometry[0]]
+
+    def conv_fwd(x, w, bias, geometry, batch_statistics=False):
+        vendor.append(f"{of(w, geometry)}.fprop")
+        return fwd(x, w, bias, geometry, batch_statistics)
+
+    def conv_bwd(dy, x, w, geometry, *needs):
+        asked = zip(("dgrad", "wgrad"), needs, strict=False)
+        vendor.extend(f"{of(w, geometry)}.{n}" for n, need in asked if need)
+        return bwd(dy, x, w, geometry, *needs)
+
+    def counting(run, weight, geometry, passes):
+        def call(*args):
+            ours.extend(f"{of(args[weight], args[geometry])}.{p}" for p in passes)
+            run(*args)
+
+        return call
+
+    monkeypatch.setattr(_ladder, "conv_fwd", conv_fwd)
+    monkeypatch.setattr(_ladder, "conv_bwd", conv_bwd)
+    reference = importlib.import_module("fastres._reference_backend")
+    for kernel, *where in (
+        ("conv_fprop", 5, 6, ["fprop"]), ("conv_dgrad", 3, 4, ["dgrad"]),
+        ("conv_wgrad", 0, 3, ["wgrad"]), ("conv_bwd_pointwise", 5, 6, ["dgrad", "wgrad"]),
+    ):  # fmt: skip
+        monkeypatch.setattr(reference, kernel, counting(getattr(reference, kernel), *where))
+    with fastres.use_backend("reference"):
+        step(fused, stage, torch.float64, fusion)
+    assert sorted(vendor) == sorted(fusion.split()[2:])
+    assert sorted(vendor + ours) == sorted(f"{c}.{p}" for c in convs for p in _ladder.PASSES)
+
+
+@pytest.mark.parametrize("fusion, message", [
+    ("c2 vendor", "unknown fusion 'c2 vendor'"),
+    ("c3 vendor conv1.fprop", "unknown fusion"),
+    ("b vendor conv1.fprop", "on rung b all convs are the vendor's"),
+    ("c2 vendor conv2", "'conv2' is not a pass of a conv"),
+    ("c2 vendor conv2.bprop", "'conv2.bprop' is not a pass of a conv"),
+    ("c2 vendor conv3.fprop", "names conv3.fprop; the convs are conv1, conv2, shortcut"),
+])  # fmt: skip
+def test_a_choice_that_cannot_be_met_is_named(fusion, message):
+    stage = make("basic", blocks=1)
+    x = stage.x.contiguous(memory_format=torch.channels_last)
+    with fastres.use_backend("reference"), pytest.raises(ValueError, match=message):
+        fused(x, stage, leaves(stage, torch.float64), fusion)
+
+
+def test_equal_choices_have_one_name():
+    name = _ladder.with_vendor("c2", ["shortcut.fprop", "conv2.wgrad"])
+    assert name == "c2 vendor conv2.wgrad shortcut.fprop"
+    assert _ladder.with_vendor(name, ["conv1.fprop", "conv2.wgrad"]) == (
+        "c2 vendor conv1.fprop conv2.wgrad shortcut.fprop"
+    )
+    assert _ladder.with_vendor("c1", []) == "c1"

@@ -302,6 +302,78 @@ def test_choosing(times, choice):
     assert tuning.choose(times, {}).choice == choice
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_tune_chooses_pass_by_pass(cache, monkeypatch, wrong):
+    """Inside the fastest rung the passes that are faster alone go to the vendor, if what they make
+    together is right and faster; the choice is saved, read and run."""
+    from fastres import backends
+    from fastres.ops import _ladder
+
+    monkeypatch.setattr(backends, "choose", lambda device, dtype: ("reference", "a test"))
+    monkeypatch.setattr(backends, "_selected", {})
+    slow = {EAGER: 3.0, "b": 2.0, "c1": 1.0, "c2": 1.5, "d": 1.5}
+    gains = {"conv2.wgrad": 0.3, "shortcut.fprop": 0.2}
+    raced: list[list[str]] = []
+
+    def race(steps, seconds, device):
+        raced.append(list(steps))
+        cost = {}
+        for name in steps:
+            base, _, passes = name.partition(" vendor ")
+            cost[name] = slow[base] + sum(-gains.get(p, -0.1) for p in passes.split())
+        return {name: [c] * 5 for name, c in cost.items()}
+
+    monkeypatch.setattr(tuning, "_race", race)
+    both = "c1 vendor conv2.wgrad shortcut.fprop"
+    if wrong:
+        right = tuning.check
+        monkeypatch.setattr(
+            tuning, "check", lambda t, name: "wrong: z" if name == both else right(t, name)
+        )
+    model, x = network(), sample()
+    (target,) = [t for t in tuning.distinct(model, x, True) if t.path == "layer2.0"]
+    entry = tuning.measure(target, 0.1, False, per_conv=True)
+    singles = [f"c1 vendor {p}" for p in tuning.passes_of(target)]
+    assert raced[:2] == [[EAGER, "b", "c1", "c2", "d"], ["c1", *singles]]
+    assert len(singles) == 9  # two convs and a projection
+    if wrong:
+        assert entry.choice == "c1" and entry.rejected == {both: "wrong: z"} and len(raced) == 2
+        return
+    assert raced[2] == [EAGER, "b", "c1", "c2", "d", both]
+    assert entry.choice == both and entry.ratio == 6.0 and entry.milliseconds[both] == 500.0
+    plan.current(x.device).add({target.key: entry})
+    plan.forget()  # from the file
+    vendor = []
+    conv_fwd = _ladder.conv_fwd
+    monkeypatch.setattr(
+        _ladder, "conv_fwd", lambda *a: (vendor.append(a[1].shape), conv_fwd(*a))[1]
+    )
+    model.layer2[0].train()(target.x.requires_grad_())
+    assert vendor == [model.layer2[0].downsample[0].weight.shape]
+    assert f"training on {'x'.join(map(str, target.x.shape))}: {both}" in str(fastres.report(model))
+
+
+def test_a_choice_without_a_gain_stays_a_rung(monkeypatch):
+    from fastres import backends
+
+    monkeypatch.setattr(backends, "choose", lambda device, dtype: ("reference", "a test"))
+    monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(
+        tuning, "_race", lambda steps, *a: {n: [2.0 if n == EAGER else 1.0] * 5 for n in steps}
+    )
+    (target,) = [t for t in tuning.distinct(network(), sample(), False) if t.path == "layer2.0"]
+    entry = tuning.measure(target, 0.1, False, per_conv=True)
+    assert entry.choice == "b"
+    assert tuning.passes_of(target) == ["conv1.fprop", "conv2.fprop", "shortcut.fprop"]
+
+
+@pytest.mark.parametrize("choice", ["e", "c2 vendor conv1", "b vendor conv1.fprop"])
+def test_an_unknown_choice_in_a_file_is_corrupt(choice):
+    text = plan.encode({"device": "x"}, {key(): entry(choice)}, None)
+    with pytest.raises(plan.PlanFileError, match="unknown choice"):
+        plan.decode(text)
+
+
 def test_an_interruption_keeps_what_was_measured(monkeypatch, cache):
     measure, calls = tuning.measure, []
 

@@ -77,7 +77,8 @@ RECORD = aot.Record(
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"local": 40}, "spills: 40 bytes"),
+        ({"local": 8}, "spills: 8 bytes"),
+        ({"local_accesses": 1}, "spills: 0 bytes of stack, 1 accesses"),
         ({"local": 8, "local_accesses": 4, "local_in_loop": 2}, "2 in the loop"),
         ({"shared": 240 << 10}, "shared memory"),
         ({"programs": 0}, "do not fit"),

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastres import memory, plan
 from fastres.nn import FusedMixin, Fusion, ResidualBlockMixin, fuse, unfuse
-from fastres.ops._ladder import RUNGS
+from fastres.ops import _fixed
+from fastres.ops._ladder import parse
 
 from ._match import Match, find
 from .report import Report, Row, report
@@ -86,8 +87,11 @@ def convert(
     leaves it alone). Raises TypeError for what is not a plain module: a class, or a model wrapped
     by torch.compile, DDP or TorchScript, ValueError for an unknown rung."""
     _check_model("convert", model)
-    if fusion is not None and fusion not in RUNGS:
-        raise ValueError(f"convert: unknown fusion {fusion!r}; known: {', '.join(RUNGS)}")
+    if fusion is not None:
+        try:
+            parse(fusion)
+        except ValueError as e:
+            raise ValueError(f"convert: {e}") from None
     if verify is not None:
         check_sample("convert(verify=...)", model, verify)
     candidates = [
@@ -133,7 +137,7 @@ def revert(model: M) -> M:
 
 
 def invalidate(model: nn.Module) -> None:
-    """Drop every folded weight, to be folded anew at the next inference.
+    """Drop every folded weight and batch norm, to be made anew at the next inference.
 
     Needed only after a write that torch's version counters do not see: through `.data`, numpy, or a
     raw pointer."""
@@ -141,6 +145,7 @@ def invalidate(model: nn.Module) -> None:
         fusion = m.__dict__.get("_fastres")
         if isinstance(fusion, Fusion):
             fusion.cache.clear()
+        _fixed.forget(m.__dict__.get("_buffers", {}).get("running_var"))
 
 
 def _rejects(

@@ -15,7 +15,7 @@ from fastres._layout import is_nhwc
 from fastres._spec import child, spec_obstacle
 from fastres.nn import FusedMixin
 from fastres.ops import Conv
-from fastres.ops._ladder import RUNGS, vendor_reason
+from fastres.ops._ladder import parse, vendor_reason
 
 from ._match import Match, find, original_type
 
@@ -120,7 +120,7 @@ def _rung(m: nn.Module) -> str:
         return "".join(f"; {text}" for text in _planned(fusion))
     text = f'; fusion "{rung}"'
     p = next(m.parameters())
-    if not RUNGS[rung].conv:
+    if not parse(rung).rung.conv:
         return text
     try:
         backend = backends.select(p)
@@ -136,7 +136,12 @@ def _rung(m: nn.Module) -> str:
         reason = vendor_reason(backend, x, conv.weight, conv.geometry())
         if reason is not None:
             vendor.append(f"{path} on the vendor's conv ({reason})")
-    return ", ".join([text, *vendor])
+    if any(w.dim() == 4 and not is_nhwc(w) for w in m.parameters()):
+        text += (
+            "; the weights are NCHW and copied in every call: "
+            "model.to(memory_format=torch.channels_last)"
+        )
+    return ", ".join([f"{text} on channels_last activations, others are an error", *vendor])
 
 
 def report(model: nn.Module) -> Report:

@@ -8,13 +8,16 @@
     d    + dgrad and wgrad of a 1x1 in one kernel; a block's output written on the way by the next
          block's first conv
 
-A conv that the backend's kernels do not take (grouped, NCHW, a backend without convs) runs on the
-vendor's with the passes of rung b around it, whatever the rung: `vendor_reason` says why.
+A conv that the backend's kernels do not take runs on the vendor's with the passes of rung b around
+it, whatever the rung: `vendor_reason` says why. So does one that the choice leaves to it, pass by
+pass: "c2 vendor conv2.wgrad shortcut.fprop" (`parse`).
 Between the blocks of a stage the fusions of c1 and d reach across; the batch norm sums of a stage's
 last block, and its output, take their own pass."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -61,6 +64,44 @@ RUNGS = {
 }
 
 
+PASSES = ("fprop", "dgrad", "wgrad")
+_NAMED = re.compile(r"(conv[1-9]\d*|shortcut)\.(" + "|".join(PASSES) + ")")
+
+
+class Choice(NamedTuple):
+    """A rung, and the passes ("conv2.wgrad") of a block's convs that the vendor's kernels run."""
+
+    rung: Rung
+    vendor: frozenset[str] = frozenset()
+
+
+def parse(fusion: str) -> Choice:
+    """What a fusion's name stands for: a rung, or a rung above b, the word "vendor" and some
+    passes, conv1 being a block's first conv and shortcut its projection. ValueError otherwise."""
+    if fusion in RUNGS:
+        return Choice(RUNGS[fusion])
+    name, _, rest = fusion.partition(" vendor ")
+    if name not in RUNGS or not rest.split():
+        raise ValueError(f"unknown fusion {fusion!r}; known: {', '.join(RUNGS)}")
+    if not RUNGS[name].conv:
+        raise ValueError(f"fusion {fusion!r}: on rung {name} all convs are the vendor's")
+    for word in rest.split():
+        if not _NAMED.fullmatch(word):
+            raise ValueError(
+                f"fusion {fusion!r}: {word!r} is not a pass of a conv, as conv1.fprop, "
+                "conv2.dgrad or shortcut.wgrad"
+            )
+    return Choice(RUNGS[name], frozenset(rest.split()))
+
+
+def with_vendor(fusion: str, passes: Iterable[str]) -> str:
+    """The fusion with these passes of convs left to the vendor; sorted, so that equal choices have
+    one name."""
+    name, _, rest = fusion.partition(" vendor ")
+    words = sorted({*rest.split(), *passes})
+    return " ".join([name, "vendor", *words]) if words else name
+
+
 class Stage(NamedTuple):
     """The shape of a stage. Units (a conv and its batch norm) are numbered block by block, a
     block's projection after its main branch."""
@@ -75,6 +116,13 @@ class Stage(NamedTuple):
     def of_unit(self, i: int) -> list[int]:
         return self.geometry[GEOMETRY * i : GEOMETRY * (i + 1)]
 
+    def names(self) -> list[str]:
+        """What `parse` calls each unit in its block."""
+        out: list[str] = []
+        for main, projection in zip(self.main, self.projection, strict=True):
+            out += [f"conv{i + 1}" for i in range(main)] + ["shortcut"] * projection
+        return out
+
     def first_units(self) -> list[int]:
         """The number of each block's first unit."""
         first, out = 0, []
@@ -84,10 +132,21 @@ class Stage(NamedTuple):
         return out
 
 
+def fuses(backend: ModuleType, stage: Stage, x: Tensor, weight: Tensor, i: int, which: str) -> bool:
+    """Whether a pass of unit i runs on the backend's own kernels."""
+    choice = parse(stage.fusion)
+    if not choice.rung.conv:
+        return False
+    if choice.vendor and f"{stage.names()[i]}.{which}" in choice.vendor:
+        return False
+    return vendor_reason(backend, x, weight, stage.of_unit(i)) is None
+
+
 def vendor_reason(
     backend: ModuleType, x: Tensor, weight: Tensor, geometry: list[int]
 ) -> str | None:
-    """Why a conv runs on the vendor's kernels on rungs c1 and up; None when it runs fused."""
+    """Why a conv runs on the vendor's kernels on rungs c1 and up whatever the choice; None when it
+    can run fused."""
     if not hasattr(backend, "conv_why_not"):
         return f"the {backend.NAME} backend has no fused convolutions"
     return backend.conv_why_not(x, weight, geometry)
@@ -131,6 +190,11 @@ def vendor_output(y: Tensor, x: Tensor, like_x: bool) -> Tensor:
     return in_format(y, is_nhwc(x), where) if like_x else dense(y, where)
 
 
+def kernel_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight as the fused convs take it: x's dtype, channels_last; a copy is counted."""
+    return in_format(cast(weight, x), True, "residual_block: the weight of a fused conv")
+
+
 def weight_like(weight: Tensor) -> Tensor:
     """Uninitialised gradient of a weight: its strides, where it is dense in one of the layouts."""
     if is_dense(weight):
@@ -139,14 +203,18 @@ def weight_like(weight: Tensor) -> Tensor:
 
 
 class Forward:
-    """One forward pass; ys, stats, zs and masks fill up as it goes."""
+    """One forward pass; ys, stats, zs and masks fill up as it goes. fixed: the norms on running
+    statistics, where they are known beforehand."""
 
-    def __init__(self, x, weights, gammas, betas, running_means, running_vars, stage, save):
+    def __init__(
+        self, x, weights, gammas, betas, running_means, running_vars, stage, save, fixed=None
+    ):
         self.backend = backends.select(x)
-        self.rung = RUNGS[stage.fusion]
+        self.rung = parse(stage.fusion).rung
         self.weights, self.gammas, self.betas = weights, gammas, betas
         self.running_means, self.running_vars = running_means, running_vars
         self.stage, self.save = stage, save
+        self.fixed: list[Norm | None] = [None] * len(weights) if fixed is None else fixed
         count = len(weights)
         self.ys: list[Tensor] = [x] * count
         self.stats: list[Tensor] = [x] * count
@@ -155,16 +223,22 @@ class Forward:
 
     def fused(self, x: Tensor, i: int) -> bool:
         """Whether unit i runs on the backend's own conv."""
-        return self.rung.conv and (
-            vendor_reason(self.backend, x, self.weights[i], self.stage.of_unit(i)) is None
-        )
+        return fuses(self.backend, self.stage, x, self.weights[i], i, "fprop")
 
-    def norm(self, i: int, y: Tensor, stats: Tensor) -> Norm:
-        """Keep what a backward needs of unit i (without one, y is not kept alive), and its norm."""
-        self.stats[i] = stats
+    def norm(self, i: int, y: Tensor, stats: Tensor | None) -> Norm:
+        """Keep what a backward needs of unit i (without one, y is not kept alive), and its norm.
+        stats None: by the running ones."""
+        norm = self.fixed[i]
+        if norm is None:
+            if stats is None:
+                stats = alloc_stats(y)
+                running = self.running_means[i], self.running_vars[i]
+                running_statistics(stats, *running, self.stage.eps[i])
+            norm = Norm(stats, vector(self.gammas[i], y), vector(self.betas[i], y))
+        self.stats[i] = norm.stats
         if self.save:
             self.ys[i] = y
-        return Norm(stats, vector(self.gammas[i], y), vector(self.betas[i], y))
+        return norm
 
     def finish(self, pending: Pending) -> Tensor:
         """The tensor itself; kept, with its mask, where it is a block's output. Without a backward
@@ -197,11 +271,11 @@ class Forward:
             assert isinstance(h, Tensor)
             y = conv_fwd(h, self.weights[i], None, geometry, training)
             y = vendor_output(y, h, self.rung.conv)
-            stats = bn_statistics(y, training, *running, eps)
+            stats = bn_statistics(y, True, *running, eps) if training else None
             return Pending(y, self.norm(i, y, stats)), h
-        weight = cast(self.weights[i], raw)
+        weight = kernel_weight(self.weights[i], raw)
         y = conv_output(raw, weight, geometry)
-        stats = alloc_stats(y)
+        stats = alloc_stats(y) if training else None
         h, norm, shortcut, z, mask = raw, None, None, None, None
         if isinstance(fused_source, Tensor):
             h = fused_source
@@ -213,11 +287,7 @@ class Forward:
                     mask = alloc_mask(raw, True)
                     self.zs.append(z)
                     self.masks.append(mask)
-        self.backend.conv_fprop(
-            y, stats if training else None, z, mask, h, weight, geometry, norm, shortcut, eps
-        )
-        if not training:
-            running_statistics(stats, *running, eps)
+        self.backend.conv_fprop(y, stats, z, mask, h, weight, geometry, norm, shortcut, eps)
         return Pending(y, self.norm(i, y, stats)), h if z is None else z
 
     def run(self, x: Tensor) -> Tensor:
@@ -258,15 +328,14 @@ class Forward:
     def act_unit(self, i: int, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """act(normalise(conv i of x) + residual) with the running statistics."""
         geometry = self.stage.of_unit(i)
-        weight = cast(self.weights[i], x)
+        weight = self.weights[i]
         fused = self.fused(x, i)
         if fused:
+            weight = kernel_weight(weight, x)
             y = conv_output(x, weight, geometry)
         else:
             y = vendor_output(conv_fwd(x, weight, None, geometry), x, True)
-        stats = alloc_stats(y)
-        running_statistics(stats, self.running_means[i], self.running_vars[i], self.stage.eps[i])
-        norm = self.norm(i, y, stats)
+        norm = self.norm(i, y, None)
         if residual is not None:
             residual = in_format(residual, is_nhwc(y), "residual_block shortcut")
         if fused:
@@ -277,16 +346,16 @@ class Forward:
 
 
 def _pointwise(weight: Tensor, geometry: list[int]) -> bool:
-    return tuple(weight.shape[2:]) == (1, 1) and geometry[:4] == [1, 1, 0, 0]
+    return tuple(weight.shape[2:]) == (1, 1) and geometry[:4] == [1, 1, 0, 0] and geometry[-1] == 1
 
 
 def forward(
-    x, weights, gammas, betas, running_means, running_vars, stage: Stage, save: bool
+    x, weights, gammas, betas, running_means, running_vars, stage: Stage, save: bool, fixed=None
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(z, the outputs of all blocks but the last, masks, ys, stats); what a backward needs only
-    when `save`."""
+    when `save`. fixed: a norm for each unit on running statistics, or None (see ._fixed)."""
     x = dense(x, "residual_block")
-    run = Forward(x, weights, gammas, betas, running_means, running_vars, stage, save)
+    run = Forward(x, weights, gammas, betas, running_means, running_vars, stage, save, fixed)
     if run.rung.conv and not save and not any(stage.training):
         return run.infer(x), [], [], [], run.stats
     z = run.run(x)
@@ -313,7 +382,7 @@ class Backward:
 
     def __init__(self, like, weights, gammas, betas, ys, stats, stage, need_dw):
         self.backend = backends.select(like)
-        self.rung = RUNGS[stage.fusion]
+        self.rung = parse(stage.fusion).rung
         self.weights, self.ys, self.stage, self.need_dw = weights, ys, stage, need_dw
         self.norms = [
             Norm(st, vector(g, like), vector(b, like))
@@ -322,10 +391,9 @@ class Backward:
         empty = stats[0].new_empty(0)
         self.dws, self.dgammas, self.dbetas = ([empty] * len(weights) for _ in range(3))
 
-    def fused(self, x: Tensor, i: int) -> bool:
-        return self.rung.conv and (
-            vendor_reason(self.backend, x, self.weights[i], self.stage.of_unit(i)) is None
-        )
+    def fused(self, x: Tensor, i: int, which: str) -> bool:
+        """Whether a pass of unit i, "dgrad" or "wgrad", runs on the backend's own kernel."""
+        return fuses(self.backend, self.stage, x, self.weights[i], i, which)
 
     def sums(self, i: int, incoming: Incoming, shortcut: Shortcut | None) -> Sums:
         """The sums of unit i's batch norm (and the shortcut's), by their own pass if need be."""
@@ -370,8 +438,10 @@ class Backward:
         return dy, dy_s
 
     def folds(self, i: int, incoming: Incoming, x: Tensor) -> bool:
-        """Whether unit i's conv forms dy itself."""
-        return self.rung.fold and incoming.gate != "recompute" and self.fused(x, i)
+        """Whether unit i's conv forms dy itself, in both passes."""
+        if not self.rung.fold or incoming.gate == "recompute":
+            return False
+        return self.fused(x, i, "dgrad") and self.fused(x, i, "wgrad")
 
     def conv(
         self,
@@ -389,24 +459,35 @@ class Backward:
         geometry = self.stage.of_unit(i)
         need_dw = self.need_dw[i]
         raw = source.y if isinstance(source, Pending) else source
-        if not self.fused(raw, i):
+        our_dx, our_dw = self.fused(raw, i, "dgrad"), self.fused(raw, i, "wgrad")
+        result: Incoming | None = None
+        # 1. what the vendor's conv computes
+        if (need_dx and not our_dx) or (need_dw and not our_dw):
             assert bn is None
             h = raw
-            if isinstance(source, Pending):
+            if isinstance(source, Pending) and need_dw and not our_dw:
                 h, _ = normalise(source.y, source.norm, relu=True)
+            asked = need_dx and not our_dx, need_dw and not our_dw
             batch = self.stage.training[i]
-            dx, dw = conv_bwd(g.dz, h, self.weights[i], geometry, need_dx, need_dw, batch)
-            if dw is not None:
-                self.dws[i] = dw
-            return None if dx is None else self.by_passes(dx, raw, dres, prev)
-        weight = cast(self.weights[i], raw)
+            dx, vendor_dw = conv_bwd(g.dz, h, self.weights[i], geometry, *asked, batch)
+            if vendor_dw is not None:
+                self.dws[i] = vendor_dw
+            if dx is not None:
+                result = self.by_passes(dx, raw, dres, prev)
+        # 2. what our kernels compute
+        need_dx, need_dw = need_dx and our_dx, need_dw and our_dw
+        if not (need_dx or need_dw):
+            return result
+        weight = kernel_weight(self.weights[i], raw)
         norm = _vectors(source.norm) if isinstance(source, Pending) else None
-        dw = weight_like(weight) if need_dw else None
-        dx = torch.empty_like(raw) if need_dx else None
+        dw = weight_like(cast(self.weights[i], raw)) if need_dw else None
         sums = None
-        if need_dx and prev is not None:
-            dual = prev.shortcut is not None and prev.shortcut.norm is not None
-            sums = Sums(*alloc_vectors(raw, 3 if dual else 2))
+        if need_dx:
+            dx = torch.empty_like(raw)
+            if prev is not None:
+                dual = prev.shortcut is not None and prev.shortcut.norm is not None
+                sums = Sums(*alloc_vectors(raw, 3 if dual else 2))
+            result = Incoming(dx, "none", None, sums)
         if (
             self.rung.joint
             and need_dx
@@ -423,9 +504,7 @@ class Backward:
                 self.backend.conv_wgrad(dw, g, raw, geometry, bn, norm)
         if dw is not None:
             self.dws[i] = dw.to(self.weights[i].dtype)
-        if dx is None:
-            return None
-        return Incoming(dx, "none", None, sums)
+        return result
 
     def by_passes(
         self, dx: Tensor, raw: Tensor, dres: Gradient | None, prev: Previous | None
@@ -517,32 +596,42 @@ class Backward:
         return gradient
 
 
+def _producer(run: Backward, b: int, x: Tensor, zs, masks) -> Previous:
+    """What produced the input of block b > 0: the block before."""
+    first, main = run.stage.first_units()[b - 1], run.stage.main[b - 1]
+    last, proj = first + main - 1, first + main
+    y = run.ys[last]
+    res = ShortcutArgument(zs[b - 2] if b > 1 else x)
+    if run.stage.projection[b - 1]:
+        y_s = in_format(run.ys[proj], is_nhwc(y), "residual_block backward shortcut")
+        res = ShortcutArgument(y_s, _vectors(run.norms[proj]))
+    return Previous(y, _vectors(run.norms[last]), masks[b - 1], res)
+
+
 def backward(
-    dz, x, zs, masks, weights, gammas, betas, ys, stats, stage: Stage, need_dx: bool, need_dw
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """(dx, dweights, dgammas, dbetas); an empty tensor where a gradient is not needed."""
+    dz, x, zs, masks, weights, gammas, betas, ys, stats, stage: Stage, need_dx: bool, need_dw,
+    consume: bool = False,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
+    """(dx, dweights, dgammas, dbetas); an empty tensor where a gradient is not needed. consume:
+    drop zs, masks and ys from their lists block by block, as soon as they were used."""
     x = dense(x, "residual_block backward")
     run = Backward(x, weights, gammas, betas, ys, stats, stage, need_dw)
-    inputs = [x, *zs]
     firsts = stage.first_units()
-    lasts = [first + main - 1 for first, main in zip(firsts, stage.main, strict=True)]
-    dz = in_format(dz, is_nhwc(ys[lasts[-1]]), "residual_block backward")
+    last = firsts[-1] + stage.main[-1] - 1
+    dz = in_format(dz, is_nhwc(ys[last]), "residual_block backward")
     incoming: Incoming | None = Incoming(dz, "mask", masks[-1])
+    del dz
     for b in range(len(firsts) - 1, -1, -1):
-        before = None
+        source, before = x, None
         if b > 0:
-            # what produced this block's input: the block before
-            first, last = firsts[b - 1], lasts[b - 1]
-            res = ShortcutArgument(inputs[b - 1])
-            if stage.projection[b - 1]:
-                proj = first + stage.main[b - 1]
-                y_s = in_format(ys[proj], is_nhwc(ys[last]), "residual_block backward shortcut")
-                res = ShortcutArgument(y_s, _vectors(run.norms[proj]))
-            before = Previous(ys[last], _vectors(run.norms[last]), masks[b - 1], res)
+            source, before = zs[b - 1], _producer(run, b, x, zs, masks)
         assert incoming is not None
         incoming = run.block(
-            firsts[b], stage.main[b], stage.projection[b], incoming, inputs[b], before,
+            firsts[b], stage.main[b], stage.projection[b], incoming, source, before,
             need_dx or b > 0,
         )  # fmt: skip
+        if consume:
+            source = before = None
+            del ys[firsts[b] :], masks[b:], zs[max(b - 1, 0) :]
     dx = stats[0].new_empty(0) if incoming is None else incoming.dz
     return dx, run.dws, run.dgammas, run.dbetas

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastres import backends
-from fastres._layout import is_dense
+from fastres._layout import is_dense, is_nhwc
 
 from ._args import (
     BatchNorm,
@@ -32,14 +32,15 @@ from ._args import (
     raw_bn,
     raw_conv,
 )
+from ._fixed import fixed_norm
 from ._ladder import (
-    RUNGS,
     Stage,
     backward,
     conv_output,
     forward,
+    fuses,
+    parse,
     vendor_output,
-    vendor_reason,
     weight_like,
 )
 from ._library import define, plain_eager, refuse_double_backward
@@ -90,11 +91,9 @@ def _residual_stage(
     return forward(x, weights, gammas, betas, running_means, running_vars, stage, save)
 
 
-def _fuses(stage: Stage, x: Tensor, weight: Tensor, i: int) -> bool:
-    """Whether unit i runs on the backend's own conv, for fake tensors."""
-    if not RUNGS[stage.fusion].conv:
-        return False
-    return vendor_reason(backends.select(x), x, weight, stage.of_unit(i)) is None
+def _fuses(stage: Stage, x: Tensor, weight: Tensor, i: int, which: str) -> bool:
+    """Whether a pass of unit i runs on the backend's own conv, for fake tensors."""
+    return parse(stage.fusion).rung.conv and fuses(backends.select(x), stage, x, weight, i, which)
 
 
 def _residual_stage_fake(
@@ -117,11 +116,11 @@ def _residual_stage_fake(
     ys, zs = [], []
 
     def conv(i, h):
-        if _fuses(stage, h, weights[i], i):
+        if _fuses(stage, h, weights[i], i, "fprop"):
             y = conv_output(h, cast(weights[i], h), stage.of_unit(i))
         else:
             y = conv_fwd(h, weights[i], None, stage.of_unit(i))
-            y = vendor_output(y, h, RUNGS[fusion].conv)
+            y = vendor_output(y, h, parse(fusion).rung.conv)
         ys.append(y)
         return ys[-1]
 
@@ -156,9 +155,12 @@ def _residual_stage_bwd(
     fusion: str,
     need_dx: bool,
     need_dw: list[bool],
+    consume: bool = False,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     stage = Stage(main, projection, geometry, training, [], fusion)
-    return backward(dz, x, zs, masks, weights, gammas, betas, ys, stats, stage, need_dx, need_dw)
+    return backward(
+        dz, x, zs, masks, weights, gammas, betas, ys, stats, stage, need_dx, need_dw, consume
+    )
 
 
 def _residual_stage_bwd_fake(
@@ -189,12 +191,14 @@ def _residual_stage_bwd_fake(
             of_x = i == first or i == first + main[b]
             h = inputs[b] if of_x else ys[i - 1]
             need_dh = need_dx and i == 0
-            if _fuses(stage, h, weights[i], i):
-                dh = torch.empty_like(h) if need_dh else None
-                dw = weight_like(cast(weights[i], h)) if need_dw[i] else None
-                dw = None if dw is None else dw.to(weights[i].dtype)
-            else:
-                dh, dw = conv_bwd(ys[i], h, weights[i], stage.of_unit(i), need_dh, need_dw[i])
+            our_dx = need_dh and _fuses(stage, h, weights[i], i, "dgrad")
+            our_dw = need_dw[i] and _fuses(stage, h, weights[i], i, "wgrad")
+            asked = need_dh and not our_dx, need_dw[i] and not our_dw
+            dh, dw = conv_bwd(ys[i], h, weights[i], stage.of_unit(i), *asked)
+            if our_dx:
+                dh = torch.empty_like(h)
+            if our_dw:
+                dw = weight_like(cast(weights[i], h)).to(weights[i].dtype)
             dx = dh if dh is not None else dx
             dws[i] = none.clone() if dw is None else dw
     vectors = [alloc_vectors(y, 2) for y in ys]
@@ -366,12 +370,17 @@ class _EagerNode(torch.autograd.Function):
         saved = _saved(ctx.saved_tensors, n, ctx.blocks)
         gammas, betas = saved[4:6]
         need_x, need_w = ctx.needs_input_grad[2], list(ctx.needs_input_grad[3 : 3 + n])
-        # under create_graph the registered op records a node that refuses to be differentiated
-        op: Callable = (
-            torch.ops.fastres.residual_stage_bwd if torch.is_grad_enabled() else _residual_stage_bwd
-        )
         config = stage.main, stage.projection, stage.geometry, stage.training, stage.fusion
-        dx, dws, dgammas, dbetas = op(dz, *saved, *config, need_x, need_w)
+        if torch.is_grad_enabled():
+            # create_graph: the registered op records a node that refuses to be differentiated
+            op: Callable = torch.ops.fastres.residual_stage_bwd
+            dx, dws, dgammas, dbetas = op(dz, *saved, *config, need_x, need_w)
+        else:
+            # What autograd would keep until this returns, unless retain_graph: now only `saved`
+            # holds it, and lets go block by block.
+            ctx.maybe_clear_saved_tensors()
+            run: Callable = _residual_stage_bwd
+            dx, dws, dgammas, dbetas = run(dz, *saved, *config, need_x, need_w, True)
         return (
             None, None,
             dx if need_x else None,
@@ -392,9 +401,11 @@ def residual_block(
     contiguous. units: the K >= 1 convs (without bias) with their batch norms; weights of another
     dtype are used in x's. shortcut: the projection's conv and batch norm; None for the identity,
     which needs the output to have x's shape. fusion: the rung of the ladder, "b", "c1", "c2" or "d"
-    (None: "b"). Running statistics of training batch norms are updated in place. Returns z in the
-    convs' output layout. Raises ValueError or TypeError that names the argument, before anything is
-    computed; BackendError where `fusion` asks for convs that the backend does not have."""
+    (None: "b"), above "b" with the passes of convs that the vendor's kernels run, as in
+    "c2 vendor conv2.wgrad shortcut.fprop". Running statistics of training batch norms are updated
+    in place. Returns z in the convs' output layout. Raises ValueError or TypeError that names the
+    argument, before anything is computed; BackendError where `fusion` asks for convs that the
+    backend does not have, or for them on an x that is not channels_last."""
     return _run("residual_block", x, [Block(units, shortcut)], fusion)
 
 
@@ -411,9 +422,11 @@ def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
     """The rung's name; an error where it does not exist, or x's backend cannot run it."""
     if fusion is None:
         return "b"
-    if fusion not in RUNGS:
-        raise ValueError(f"{op}: unknown fusion {fusion!r}; known: {', '.join(RUNGS)}")
-    if RUNGS[fusion].conv:
+    try:
+        choice = parse(fusion)
+    except ValueError as e:
+        raise ValueError(f"{op}: {e}") from None
+    if choice.rung.conv:
         backend = backends.select(x)
         if not hasattr(backend, "conv_fprop"):
             raise backends.BackendError(
@@ -423,7 +436,23 @@ def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
         reason = backend.conv_missing(x.device)
         if reason is not None:
             raise backends.BackendError(f'{op}: fusion="{fusion}" cannot run: {reason}')
+        if not is_nhwc(x):
+            raise backends.BackendError(
+                f'{op}: fusion="{fusion}" takes channels_last activations, but x has strides '
+                f"{tuple(x.stride())}; use x.to(memory_format=torch.channels_last), and the same "
+                'on the model, or fusion="b"'
+            )
     return fusion
+
+
+def check_passes(op: str, fusion: str, blocks: list[Block]) -> None:
+    """The convs that a fusion leaves to the vendor exist in some block."""
+    there = {f"conv{i + 1}" for units, _ in blocks for i in range(len(units))}
+    there |= {"shortcut" for _, shortcut in blocks if shortcut is not None}
+    for name in sorted(parse(fusion).vendor):
+        if name.partition(".")[0] not in there:
+            known = ", ".join(sorted(there))
+            raise ValueError(f"{op}: fusion={fusion!r} names {name}; the convs are {known}")
 
 
 def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
@@ -440,6 +469,7 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
         if shortcut is not None:
             every.append(shortcut)
     fusion = check_fusion(op, fusion, x)
+    check_passes(op, fusion, blocks)
     weights = [u.conv.weight for u in every]
     affines = [u.bn.affine(s[1], x) for u, s in zip(every, shapes, strict=True)]
     running = [u.bn.running(s[1], x) for u, s in zip(every, shapes, strict=True)]
@@ -468,7 +498,8 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
         z = _EagerNode.apply(stage, update, x, *(t for column in columns for t in column))
     else:
         with torch.no_grad():
-            z, _, _, _, stats = forward(x, *columns, stage, False)
+            fixed = [None if bn.training else fixed_norm(bn, x) for bn in bns]
+            z, _, _, _, stats = forward(x, *columns, stage, False, fixed)
             update(stats)
     return z
 

@@ -67,8 +67,8 @@ class Fused:
     links: Links
 
     def ours(self, op: Op) -> bool:
-        """Whether a block's conv runs on our kernels: above b, not grouped."""
-        return self.name != "b" and _conv(op).groups == 1
+        """Whether a block's conv runs on our kernels: above b."""
+        return self.name != "b"
 
     # --- forward ----------------------------------------------------------------------------------
 

@@ -131,8 +131,9 @@ class ConvShape:
 
     @property
     def pointwise(self) -> bool:
-        """1x1, stride 1: a plain matrix product."""
-        return (self.R, self.S, self.stride, self.padding) == (1, 1, (1, 1), (0, 0))
+        """1x1, stride 1, one group: a plain matrix product."""
+        one = (self.R, self.S, self.stride, self.padding) == (1, 1, (1, 1), (0, 0))
+        return one and self.groups == 1
 
     @property
     def x_read(self) -> Shape:
@@ -268,7 +269,7 @@ def dgrad_wgrad(
     if not shape.pointwise:
         raise ValueError(
             f"roofline: dgrad_wgrad is for 1x1 convs of stride 1, got {shape.R}x{shape.S} stride "
-            f"{shape.stride}"
+            f"{shape.stride} groups {shape.groups}"
         )
     d = dgrad(shape, dtype, dy_prologue, epilogue, dres_mask)
     w = wgrad(shape, dtype, dy_prologue, x_prologue)
