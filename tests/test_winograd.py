@@ -242,3 +242,12 @@ def test_winograd_shows_what_is_not_finite_as_torch_does(value):
     z = _conv_bn_relu(unit, x)
     want = unit(x).relu()
     assert torch.equal(z.isnan(), want.isnan()) and want.isnan().any()
+
+
+def test_winograd_is_in_the_report():
+    from torchvision.models import resnet18
+
+    rows = {row.path: row.reason for row in fastres.report(fastres.convert(resnet18())).rows}
+    assert "conv1, conv2 by Winograd" in rows["layer1.0"]
+    assert "; conv2 by Winograd" in rows["layer2.0"]  # its conv1 has stride 2
+    assert "Winograd" not in rows["(model)"]

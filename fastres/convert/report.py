@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres import backends, counters, inference
+from fastres import _winograd, backends, counters, inference
 from fastres._layout import is_nhwc
-from fastres._spec import child, spec_obstacle
+from fastres._spec import Spec, child, spec_obstacle
 from fastres.nn import FusedMixin
 from fastres.ops import Conv
 from fastres.ops._ladder import parse, vendor_reason
@@ -103,6 +103,20 @@ def _backend(m: nn.Module) -> tuple[str, str]:
     return name, why
 
 
+def _by_winograd(backend: str, m: nn.Module, spec: Spec) -> str:
+    """Which convs take Winograd's algorithm, given a batch that is large enough."""
+    if backend != "cpu":
+        return ""
+    found = []
+    for path, _ in spec.pairs():
+        conv = Conv.of(child(m, path))
+        k, c, *taps = conv.weight.shape
+        dtype, shape = conv.weight.dtype, (64, c * conv.groups, 56, 56)
+        if _winograd.why_not("fprop", shape, dtype, k, conv.geometry(), taps) is None:
+            found.append(path)
+    return f"; {', '.join(found)} by Winograd's algorithm where faster" if found else ""
+
+
 def _planned(fusion: Any) -> list[str]:
     """What the plan chose for the calls so far, and why."""
     found = []
@@ -168,7 +182,7 @@ def report(model: nn.Module) -> Report:
             continue
         covered.update(id(m.get_submodule(p)) for p, _ in match.spec.covered())
         backend, why = _backend(m)
-        why += _rung(m)
+        why += _by_winograd(backend, m, match.spec) + _rung(m)
         status = "fused" if isinstance(m, FusedMixin) else "would fuse"
         rows.append(Row(path or "(model)", name, status, match.kind, backend, why))
     for path, m in model.named_modules():
@@ -177,6 +191,7 @@ def report(model: nn.Module) -> Report:
             reason = spec_obstacle(m, own.spec)
             covered.update(id(m.get_submodule(p)) for p, _ in own.spec.covered())
             backend, why = _backend(m) if reason is None else ("", reason)
+            why += "" if reason else _by_winograd(backend, m, own.spec)
             rows.append(
                 Row(
                     path or "(model)",
