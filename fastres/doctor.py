@@ -194,7 +194,7 @@ def text(found: dict[str, Any]) -> str:
             if isinstance(value, dict)
             else value
         )
-        lines.append((f"  {key.replace('_', ' ')}", str(shown if shown is not None else "none")))
+        lines.append((f"  {key.replace('_', ' ')}", str(shown or "none")))
     for name, version in found["compilers"].items():
         lines.append((name, version or "not on PATH"))
     for name, why in found["backends"].items():

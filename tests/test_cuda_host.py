@@ -18,6 +18,7 @@ FILES = (
     "test_bn_bwd.py",
     "test_bn_relu_maxpool.py",
     "test_selfcheck.py",
+    "test_ops.py",
 )
 
 if cuda_host.wanted():

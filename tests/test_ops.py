@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 
+import common
+import cuda_host
 import pytest
 import torch
 from cases import LAYOUTS, MODES, OPS, Case, make
@@ -19,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # widths and tails. A value within rounding of 0 may pass one ReLU and not the other (both are
 # right): up to ATTEMPTS seeds, one must pass.
 ATTEMPTS = 3
-SHAPES = {"cpu": [(2, 35, 7, 9), (3, 64, 8, 8)], "triton": [(2, 12, 5, 7)]}
+SHAPES = {"cpu": [(2, 35, 7, 9), (3, 64, 8, 8)], "triton": [(2, 12, 5, 7)], "cuda": [(2, 16, 5, 7)]}
 
 
 def run(call, case: Case, dtype, layout, mode: str, values_of=None):
@@ -49,6 +51,23 @@ def test_op_matches_float64(backend: str, op: str, dtype: str, layout: str, mode
     reason = backends.unavailable(backend)
     if reason is not None:
         pytest.skip(reason)
+    check(backend, op, dtype, layout, mode)
+
+
+if cuda_host.wanted():
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("dtype, layout", [("bf16", "nhwc"), ("fp32", "nchw")])
+    @pytest.mark.parametrize("op", OPS)
+    def test_op_matches_float64_on_cuda_kernels(op: str, dtype: str, layout: str, mode: str):
+        """The ops take the CUDA C++ backend as it is. Thin: the kernels have their own tests."""
+        common.backend("cuda")
+        before = cuda_host.module().launches()
+        check("cuda", op, dtype, layout, mode)
+        assert cuda_host.module().launches() > before
+
+
+def check(backend: str, op: str, dtype: str, layout: str, mode: str) -> None:
     for shape in SHAPES[backend]:
         for seed in range(ATTEMPTS):
             wrong = compare(op, shape, seed, backend, DTYPES[dtype], layout, mode)

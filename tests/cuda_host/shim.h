@@ -116,7 +116,8 @@ class Shared {
            " with no barrier between");
     }
     if (use.read == epoch && use.reader != me) {
-      fail("race: " + cell(i) + " is read by thread " + std::to_string(use.reader) +
+      fail("race: " + cell(i) + " is read by " +
+           (use.reader == -2 ? "several threads" : "thread " + std::to_string(use.reader)) +
            " and written with no barrier between");
     }
     use.writer = me;
