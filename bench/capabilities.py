@@ -58,7 +58,7 @@ def _rows() -> list[tuple[str, str, str, str, str]]:
         if file == CONV:
             rows.append((op, "cpu", "-", "-", "oneDNN, and Winograd for 3x3: rung b"))
             rows.append((op, "triton", TRITON, "fp32 (TF32), bf16, fp16",
-                         "NHWC, groups 1; `conv_why_not` tells"))  # fmt: skip
+                         "NHWC; `conv_why_not` tells the rest"))  # fmt: skip
             rows.append((op, "cuda", "-", "-", "none yet: the vendor's convolutions, rung b"))
             continue
         stem = file == "test_bn_relu_maxpool.py"

@@ -71,6 +71,23 @@ BROKEN = [
 ]  # fmt: skip
 
 
+if cuda_host.wanted():
+    BROKEN = [
+        ("cuda", "passes", "bn_stats", 0), ("cuda", "passes", "bn_apply", 0),
+        ("cuda", "passes", "bn_bwd_reduce", 1), ("cuda", "passes", "bn_bwd_apply", 1),
+        ("cuda", "passes", "relu_bwd", 0), ("cuda", "pool", "bn_relu_maxpool", 0),
+        ("cuda", "pool", "bn_relu_maxpool_bwd_apply", 0),
+    ]  # fmt: skip
+
+    def test_cuda_kernels_are_checked_before_their_first_use(monkeypatch):
+        module, x = backend("cuda"), torch.zeros(1, 8, 2, 2)
+        with fastres.use_backend("cuda"):
+            assert selfcheck.obstacle(x, "passes") is None
+            monkeypatch.setattr(module, "bn_relu_maxpool", lambda *args: None)
+            reason = selfcheck.obstacle(x, "pool")
+        assert "the cuda kernels failed their self-check" in reason
+
+
 @pytest.mark.parametrize("name, family, kernel, output", BROKEN)
 def test_a_wrong_kernel_fails(name, family, kernel, output, monkeypatch):
     """One output of one kernel off in one element."""

@@ -1,7 +1,8 @@
 """The kernels of a ResNet as cases: operands, the call of each variant, what it must give.
 
 A case is one kernel form on one shape, read off fastres.roofline's list of a network's kernels, so
-that nothing here can fall behind it. Variants of a convolution:
+that nothing here can fall behind it. Variants of a streaming kernel: ours (Triton) and cuda (CUDA
+C++). Of a convolution:
 
     fused     the kernel of fastres.kernels
     passes    the vendor's convolution, and the passes of rung b around it that do the same
@@ -309,7 +310,12 @@ def outputs(case: Case, s: Set) -> dict[str, Tensor]:
 def variants(case: Case) -> dict[str, Run]:
     """The calls of a case, ours first."""
     if not isinstance(case.shape, ConvShape):
-        return {"ours": lambda m, s: _run_stream(case, m, s)}
+        from fastres import _cuda
+
+        return {
+            "ours": lambda m, s: _run_stream(case, m, s),
+            "cuda": lambda m, s: _run_stream(case, _cuda, s),
+        }
     if case.op == "fprop":
         return {
             "fused": lambda m, s: _fprop(case, m, s),

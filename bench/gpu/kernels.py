@@ -53,6 +53,10 @@ def _module() -> Any:
 def why_not(case: Case, variant: str, s: Set) -> str | None:
     """Why our kernels do not take a case; None when they do."""
     m = _module()
+    if variant == "cuda":
+        from fastres import _cuda
+
+        return _cuda.why_missing()
     if variant not in ("fused", "c1", "c2", "d"):
         return None
     args = s["x"], s["w"], s["geometry"]
@@ -239,8 +243,9 @@ def show(record: Record) -> None:
                 wrong.append((row["case"], v, str(verdict.get("error"))[:90]))
         timed = row.get("variants", {})
         ours = next((timed[v] for v in ("ours", "fused") if v in timed), None)
-        if ours is not None and "percent" in ours:
-            groups.setdefault(row["op"], []).append({**ours, "row": row})
+        for label, entry in ((row["op"], ours), (f"{row['op']} (cuda)", timed.get("cuda"))):
+            if entry is not None and "percent" in entry:
+                groups.setdefault(label, []).append({**entry, "row": row})
     lines = []
     for op, found in groups.items():
         percents = [f["percent"] for f in found]
