@@ -73,6 +73,7 @@ def environment() -> dict[str, str]:
         "detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # no GPU has business here
     }
 
 
