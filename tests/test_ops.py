@@ -315,7 +315,7 @@ BAD = {
     "backend": (
         lambda: fastres.use_backend("cudnn").__enter__(),
         fastres.BackendError,
-        "unknown backend 'cudnn'; known: cpu, triton, reference",
+        "unknown backend 'cudnn'; known: cpu, triton, cuda, reference",
     ),
 }
 
