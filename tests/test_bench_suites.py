@@ -322,7 +322,10 @@ def test_report_is_deterministic_and_names_what_it_cannot_read(tiny, tmp_path):
         assert f"({picture})" in text
         assert (pages[0].parent / picture).read_bytes() == (pages[1].parent / picture).read_bytes()
     assert "fastres bench resnet50 --peers" in text and "AMD EPYC, 2 cores" in text
-    assert "| fp32 inference | **fastres** | 25.2 | 1.36 [1.33-1.38] |" in text
+    case = json.loads(COMMITTED.read_text())["cases"][0]
+    ours = next(v for v in case["variants"] if v["name"] == "fastres")
+    row = f"| {case['dtype']} {case['mode']} | **fastres** | {ours['img_per_s']:.1f} | "
+    assert row + f"{ours['vs_eager']['median']:.2f} [" in text
     assert "| `cifar_resnet20` |" in text and "| `bn_apply[relu]` |" in text
     assert "Tiny shapes" in text
     omitted = text[text.index(report.OMITTED) :]
