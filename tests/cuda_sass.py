@@ -102,7 +102,8 @@ def read(library: Path) -> list[dict]:
     row = None
     for line in output("-sass"):
         if found := re.search(r"(?:arch = |code for )(sm_\w+)", line):
-            arch = found[1]
+            # CUDA 12.8's says "arch = sm_100a", then "code for sm_100"
+            arch = arch if arch.startswith(found[1]) else found[1]
         elif found := re.search(r"Function : (\w+)", line):
             row = rows.get((arch, found[1]))
         elif row is not None and (found := re.search(r"\b(LDG|STG|LDL|STL)(\.[\w.]+)?", line)):
