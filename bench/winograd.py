@@ -26,10 +26,10 @@ from fastres.bench import environment
 from fastres.memory import keep_buffers
 
 from . import shapes
+from .session import DTYPES
 
 CL = torch.channels_last
 CIFAR = ((16, 32), (32, 16), (64, 8))  # channels, height and width
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GEOMETRY = [1, 1, 1, 1, 1, 1, 1]
 
 
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if min(options.batch) < 1 or options.seconds <= 0:
         parser.error("--batch and --seconds must be positive")
-    todo = [(n, *layer, d) for d in DTYPES for n in options.batch for layer in layers()]
+    todo = [(n, *layer, d) for d in ("fp32", "bf16") for n in options.batch for layer in layers()]
     rows: list[dict[str, Any]] = []
     console = Console()
     keep_buffers()

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "arguments.h"
 #include "build_info.h"
 #include "cpu/runtime.h"
 #ifdef FASTRES_CUDA
@@ -16,23 +17,6 @@ namespace py = pybind11;
 
 namespace fastres {
 namespace {
-
-using Ptr = uintptr_t;
-using I64 = int64_t;
-
-template <class T>
-T* as(Ptr address) {
-  return reinterpret_cast<T*>(address);
-}
-float* f32(Ptr address) { return as<float>(address); }
-void* any(Ptr address) { return as<void>(address); }
-uint8_t* u8(Ptr address) { return as<uint8_t>(address); }
-
-Act act(int dtype, bool nhwc, I64 n, I64 c, I64 s) {
-  Act a{dtype, nhwc, n, c, s, nhwc ? n * s : n * c, nhwc ? c : s, 0};
-  a.mask_row = (a.inner + 7) / 8;
-  return a;
-}
 
 void bn_stats(Ptr mean, Ptr var, Ptr rstd, Ptr x, double eps, int dtype, bool nhwc, I64 n, I64 c,
               I64 s) {

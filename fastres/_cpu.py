@@ -6,39 +6,18 @@ of threads."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from . import _native
+from ._arguments import GATE, pool_sizes, ptr, sizes
 
 NAME = "cpu"
 
 _C = _native.module()
-_NHWC = torch.channels_last
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_GATE = {"none": 0, "mask": 1, "recompute": 2}
-
-
-def _ptr(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _sizes(x: Tensor) -> tuple[int, bool, int, int, int]:
-    """dtype code, NHWC, N, C, H * W."""
-    n, c, h, w = x.shape
-    return _DTYPE[x.dtype], x.is_contiguous(memory_format=_NHWC), n, c, h * w
-
-
-def _pool_sizes(x: Tensor, z: Tensor) -> tuple[int, bool, int, int, int, int, int, int]:
-    n, c, h, w = x.shape
-    nhwc = x.is_contiguous(memory_format=_NHWC)
-    return _DTYPE[x.dtype], nhwc, n, c, h, w, z.shape[2], z.shape[3]
 
 
 def bn_stats(mean, var, rstd, x, eps):
     """mean[c], biased var[c] of x over (N, H, W); rstd = 1 / sqrt(var + eps)."""
     _C.bn_stats(
-        mean.data_ptr(), var.data_ptr(), rstd.data_ptr(), x.data_ptr(), float(eps), *_sizes(x)
+        mean.data_ptr(), var.data_ptr(), rstd.data_ptr(), x.data_ptr(), float(eps), *sizes(x)
     )
 
 
@@ -47,9 +26,9 @@ def bn_apply(
 ):
     """z = act(normalise(x) + r), and the bits of the ReLU's gate."""
     _C.bn_apply(
-        z.data_ptr(), _ptr(mask), x.data_ptr(), _ptr(mean), _ptr(rstd), _ptr(gamma), _ptr(beta),
-        _ptr(residual), _ptr(res_mean), _ptr(res_rstd), _ptr(res_gamma), _ptr(res_beta),
-        res_mean is not None, bool(relu), *_sizes(x),
+        z.data_ptr(), ptr(mask), x.data_ptr(), ptr(mean), ptr(rstd), ptr(gamma), ptr(beta),
+        ptr(residual), ptr(res_mean), ptr(res_rstd), ptr(res_gamma), ptr(res_beta),
+        res_mean is not None, bool(relu), *sizes(x),
     )  # fmt: skip
 
 
@@ -59,9 +38,9 @@ def bn_bwd_reduce(
 ):  # fmt: skip
     """dbeta = sum g, dgamma = sum g * xhat, res_dgamma = sum g * res_xhat."""
     _C.bn_bwd_reduce(
-        dgamma.data_ptr(), dbeta.data_ptr(), _ptr(res_dgamma), dz.data_ptr(), _ptr(mask),
-        x.data_ptr(), _ptr(mean), _ptr(rstd), _ptr(gamma), _ptr(beta),
-        _ptr(residual), _ptr(res_mean), _ptr(res_rstd), _GATE[gate], *_sizes(x),
+        dgamma.data_ptr(), dbeta.data_ptr(), ptr(res_dgamma), dz.data_ptr(), ptr(mask),
+        x.data_ptr(), ptr(mean), ptr(rstd), ptr(gamma), ptr(beta),
+        ptr(residual), ptr(res_mean), ptr(res_rstd), GATE[gate], *sizes(x),
     )  # fmt: skip
 
 
@@ -71,28 +50,28 @@ def bn_bwd_apply(
 ):  # fmt: skip
     """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M), or gamma * rstd * g; dres alike."""
     _C.bn_bwd_apply(
-        dx.data_ptr(), _ptr(dres), dz.data_ptr(), _ptr(mask), x.data_ptr(), _ptr(mean), _ptr(rstd),
-        _ptr(gamma), _ptr(beta), _ptr(dgamma), _ptr(dbeta), _ptr(residual), _ptr(res_mean),
-        _ptr(res_rstd), _ptr(res_gamma), _ptr(res_dgamma), _GATE[gate], bool(training),
-        res_mean is not None, bool(res_training), *_sizes(x),
+        dx.data_ptr(), ptr(dres), dz.data_ptr(), ptr(mask), x.data_ptr(), ptr(mean), ptr(rstd),
+        ptr(gamma), ptr(beta), ptr(dgamma), ptr(dbeta), ptr(residual), ptr(res_mean),
+        ptr(res_rstd), ptr(res_gamma), ptr(res_dgamma), GATE[gate], bool(training),
+        res_mean is not None, bool(res_training), *sizes(x),
     )  # fmt: skip
 
 
 def add_relu(z, mask, a, b):
     """z = relu(a + b), and the bits of the ReLU's gate."""
-    _C.add_relu(z.data_ptr(), _ptr(mask), a.data_ptr(), b.data_ptr(), *_sizes(a))
+    _C.add_relu(z.data_ptr(), ptr(mask), a.data_ptr(), b.data_ptr(), *sizes(a))
 
 
 def relu_bwd(dx, dy, dz, mask):
     """dx = gate(dz) + dy."""
-    _C.relu_bwd(dx.data_ptr(), _ptr(dy), dz.data_ptr(), mask.data_ptr(), *_sizes(dz))
+    _C.relu_bwd(dx.data_ptr(), ptr(dy), dz.data_ptr(), mask.data_ptr(), *sizes(dz))
 
 
 def bn_relu_maxpool(z, index, x, mean, rstd, gamma, beta, kernel, stride, padding):
     """z = maxpool(relu(normalise(x))), and the window offset of each maximum."""
     _C.bn_relu_maxpool(
-        z.data_ptr(), _ptr(index), x.data_ptr(), _ptr(mean), _ptr(rstd), _ptr(gamma), _ptr(beta),
-        kernel, stride, padding, *_pool_sizes(x, z),
+        z.data_ptr(), ptr(index), x.data_ptr(), ptr(mean), ptr(rstd), ptr(gamma), ptr(beta),
+        kernel, stride, padding, *pool_sizes(x, z),
     )  # fmt: skip
 
 
@@ -100,7 +79,7 @@ def bn_relu_maxpool_bwd_reduce(dgamma, dbeta, dz, index, x, mean, rstd, kernel, 
     """bn_bwd_reduce with g gathered from the windows that chose each pixel."""
     _C.bn_relu_maxpool_bwd_reduce(
         dgamma.data_ptr(), dbeta.data_ptr(), dz.data_ptr(), index.data_ptr(), x.data_ptr(),
-        _ptr(mean), _ptr(rstd), kernel, stride, padding, *_pool_sizes(x, dz),
+        ptr(mean), ptr(rstd), kernel, stride, padding, *pool_sizes(x, dz),
     )  # fmt: skip
 
 
@@ -109,7 +88,7 @@ def bn_relu_maxpool_bwd_apply(
 ):
     """bn_bwd_apply with g gathered from the windows that chose each pixel."""
     _C.bn_relu_maxpool_bwd_apply(
-        dx.data_ptr(), dz.data_ptr(), index.data_ptr(), x.data_ptr(), _ptr(mean), _ptr(rstd),
-        _ptr(gamma), _ptr(dgamma), _ptr(dbeta), kernel, stride, padding, bool(training),
-        *_pool_sizes(x, dz),
+        dx.data_ptr(), dz.data_ptr(), index.data_ptr(), x.data_ptr(), ptr(mean), ptr(rstd),
+        ptr(gamma), ptr(dgamma), ptr(dbeta), kernel, stride, padding, bool(training),
+        *pool_sizes(x, dz),
     )  # fmt: skip

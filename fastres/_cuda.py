@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._arguments import GATE, pool_sizes, ptr, sizes
 
 NAME = "cuda"
 
-_NHWC = torch.channels_last
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_GATE = {"none": 0, "mask": 1, "recompute": 2}
 
 _host: ModuleType | None = None
 
@@ -62,10 +60,6 @@ def _module() -> ModuleType:
     return _native.module().cuda if _host is None else _host
 
 
-def _ptr(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _place(x: Tensor) -> tuple[int, int]:
     """Device index and stream."""
     if x.is_cuda:
@@ -76,21 +70,9 @@ def _place(x: Tensor) -> tuple[int, int]:
     raise RuntimeError(f"fastres cuda: the kernels need CUDA tensors, got one on {x.device}")
 
 
-def _sizes(x: Tensor) -> tuple[int, bool, int, int, int]:
-    """dtype code, NHWC, N, C, H * W."""
-    n, c, h, w = x.shape
-    return _DTYPE[x.dtype], x.is_contiguous(memory_format=_NHWC), n, c, h * w
-
-
-def _pool_sizes(x: Tensor, z: Tensor) -> tuple[int, bool, int, int, int, int, int, int]:
-    n, c, h, w = x.shape
-    nhwc = x.is_contiguous(memory_format=_NHWC)
-    return _DTYPE[x.dtype], nhwc, n, c, h, w, z.shape[2], z.shape[3]
-
-
 def _workspace(parts: int, x: Tensor) -> Tensor:
     """fp32, every element is written before it is read."""
-    floats = _module().workspace_floats(parts, *_sizes(x))
+    floats = _module().workspace_floats(parts, *sizes(x))
     return torch.empty(floats, dtype=torch.float32, device=x.device)
 
 
@@ -99,7 +81,7 @@ def bn_stats(mean, var, rstd, x, eps):
     work = _workspace(2, x)  # a name: it must outlive the call
     _module().bn_stats(
         mean.data_ptr(), var.data_ptr(), rstd.data_ptr(), x.data_ptr(), float(eps),
-        work.data_ptr(), *_sizes(x), *_place(x),
+        work.data_ptr(), *sizes(x), *_place(x),
     )  # fmt: skip
 
 
@@ -108,9 +90,9 @@ def bn_apply(
 ):
     """z = act(normalise(x) + r), and the bits of the ReLU's gate."""
     _module().bn_apply(
-        z.data_ptr(), _ptr(mask), x.data_ptr(), _ptr(mean), _ptr(rstd), _ptr(gamma), _ptr(beta),
-        _ptr(residual), _ptr(res_mean), _ptr(res_rstd), _ptr(res_gamma), _ptr(res_beta),
-        res_mean is not None, bool(relu), *_sizes(x), *_place(x),
+        z.data_ptr(), ptr(mask), x.data_ptr(), ptr(mean), ptr(rstd), ptr(gamma), ptr(beta),
+        ptr(residual), ptr(res_mean), ptr(res_rstd), ptr(res_gamma), ptr(res_beta),
+        res_mean is not None, bool(relu), *sizes(x), *_place(x),
     )  # fmt: skip
 
 
@@ -121,10 +103,10 @@ def bn_bwd_reduce(
     """dbeta = sum g, dgamma = sum g * xhat, res_dgamma = sum g * res_xhat."""
     work = _workspace(2 if res_dgamma is None else 3, x)
     _module().bn_bwd_reduce(
-        dgamma.data_ptr(), dbeta.data_ptr(), _ptr(res_dgamma), dz.data_ptr(), _ptr(mask),
-        x.data_ptr(), _ptr(mean), _ptr(rstd), _ptr(gamma), _ptr(beta),
-        _ptr(residual), _ptr(res_mean), _ptr(res_rstd), _GATE[gate], work.data_ptr(),
-        *_sizes(x), *_place(x),
+        dgamma.data_ptr(), dbeta.data_ptr(), ptr(res_dgamma), dz.data_ptr(), ptr(mask),
+        x.data_ptr(), ptr(mean), ptr(rstd), ptr(gamma), ptr(beta),
+        ptr(residual), ptr(res_mean), ptr(res_rstd), GATE[gate], work.data_ptr(),
+        *sizes(x), *_place(x),
     )  # fmt: skip
 
 
@@ -134,30 +116,30 @@ def bn_bwd_apply(
 ):  # fmt: skip
     """dx = gamma * rstd * (g - dbeta / M - xhat * dgamma / M), or gamma * rstd * g; dres alike."""
     _module().bn_bwd_apply(
-        dx.data_ptr(), _ptr(dres), dz.data_ptr(), _ptr(mask), x.data_ptr(), _ptr(mean), _ptr(rstd),
-        _ptr(gamma), _ptr(beta), _ptr(dgamma), _ptr(dbeta), _ptr(residual), _ptr(res_mean),
-        _ptr(res_rstd), _ptr(res_gamma), _ptr(res_dgamma), _GATE[gate], bool(training),
-        res_mean is not None, bool(res_training), *_sizes(x), *_place(x),
+        dx.data_ptr(), ptr(dres), dz.data_ptr(), ptr(mask), x.data_ptr(), ptr(mean), ptr(rstd),
+        ptr(gamma), ptr(beta), ptr(dgamma), ptr(dbeta), ptr(residual), ptr(res_mean),
+        ptr(res_rstd), ptr(res_gamma), ptr(res_dgamma), GATE[gate], bool(training),
+        res_mean is not None, bool(res_training), *sizes(x), *_place(x),
     )  # fmt: skip
 
 
 def add_relu(z, mask, a, b):
     """z = relu(a + b), and the bits of the ReLU's gate."""
-    _module().add_relu(z.data_ptr(), _ptr(mask), a.data_ptr(), b.data_ptr(), *_sizes(a), *_place(a))
+    _module().add_relu(z.data_ptr(), ptr(mask), a.data_ptr(), b.data_ptr(), *sizes(a), *_place(a))
 
 
 def relu_bwd(dx, dy, dz, mask):
     """dx = gate(dz) + dy."""
     _module().relu_bwd(
-        dx.data_ptr(), _ptr(dy), dz.data_ptr(), mask.data_ptr(), *_sizes(dz), *_place(dz)
+        dx.data_ptr(), ptr(dy), dz.data_ptr(), mask.data_ptr(), *sizes(dz), *_place(dz)
     )
 
 
 def bn_relu_maxpool(z, index, x, mean, rstd, gamma, beta, kernel, stride, padding):
     """z = maxpool(relu(normalise(x))), and the window offset of each maximum."""
     _module().bn_relu_maxpool(
-        z.data_ptr(), _ptr(index), x.data_ptr(), _ptr(mean), _ptr(rstd), _ptr(gamma), _ptr(beta),
-        kernel, stride, padding, *_pool_sizes(x, z), *_place(x),
+        z.data_ptr(), ptr(index), x.data_ptr(), ptr(mean), ptr(rstd), ptr(gamma), ptr(beta),
+        kernel, stride, padding, *pool_sizes(x, z), *_place(x),
     )  # fmt: skip
 
 
@@ -166,8 +148,8 @@ def bn_relu_maxpool_bwd_reduce(dgamma, dbeta, dz, index, x, mean, rstd, kernel, 
     work = _workspace(2, x)
     _module().bn_relu_maxpool_bwd_reduce(
         dgamma.data_ptr(), dbeta.data_ptr(), dz.data_ptr(), index.data_ptr(), x.data_ptr(),
-        _ptr(mean), _ptr(rstd), kernel, stride, padding, work.data_ptr(),
-        *_pool_sizes(x, dz), *_place(x),
+        ptr(mean), ptr(rstd), kernel, stride, padding, work.data_ptr(),
+        *pool_sizes(x, dz), *_place(x),
     )  # fmt: skip
 
 
@@ -176,7 +158,7 @@ def bn_relu_maxpool_bwd_apply(
 ):
     """bn_bwd_apply with g gathered from the windows that chose each pixel."""
     _module().bn_relu_maxpool_bwd_apply(
-        dx.data_ptr(), dz.data_ptr(), index.data_ptr(), x.data_ptr(), _ptr(mean), _ptr(rstd),
-        _ptr(gamma), _ptr(dgamma), _ptr(dbeta), kernel, stride, padding, bool(training),
-        *_pool_sizes(x, dz), *_place(x),
+        dx.data_ptr(), dz.data_ptr(), index.data_ptr(), x.data_ptr(), ptr(mean), ptr(rstd),
+        ptr(gamma), ptr(dgamma), ptr(dbeta), kernel, stride, padding, bool(training),
+        *pool_sizes(x, dz), *_place(x),
     )  # fmt: skip

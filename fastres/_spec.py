@@ -52,6 +52,9 @@ class Spec:
 
 def child(module: nn.Module, path: str) -> Any:
     """The submodule at a dotted path."""
+    direct = module._modules.get(path)  # nearly always, and every call asks
+    if direct is not None:
+        return direct
     for name in path.split("."):
         found = module._modules.get(name)
         if found is None:

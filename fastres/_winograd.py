@@ -15,6 +15,7 @@ Source: Lavin & Gray 2016, with the points 0, +-5/8, +-3/2 and infinity."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._arguments import DTYPE, ptr
 
 TILE = 4
 PANEL = 32  # output channels of a panel of transformed weights
 # Intermediate values may be this much larger than max |x| * max over outputs of sum |w|: the
 # products of the largest absolute row sums of B^T, G and A^T, squared.
 GROWTH = 2700.0
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = (torch.float32, torch.bfloat16)
 _CL = torch.channels_last
 
 Geometry = Sequence[int]  # stride, padding, dilation (h, w each), groups
@@ -41,7 +43,7 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
     the reason."""
     if tuple(taps) != (3, 3) or tuple(geometry[:2]) != (1, 1) or tuple(geometry[4:]) != (1, 1, 1):
         return "not a 3x3 convolution of stride 1, dilation 1 and one group"
-    if dtype not in _DTYPE:
+    if dtype not in _DTYPES:
         return f"{dtype} is not taken"
     if not 0 <= geometry[2] == geometry[3] <= 2:
         return f"padding {tuple(geometry[2:4])} is not taken"
@@ -71,6 +73,7 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
     return _native.why_missing()
 
 
+@functools.cache
 def _matrix_unit() -> bool:
     """Whether the CPU has AMX, with which oneDNN multiplies bf16 16 times as fast as fp32."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
@@ -81,7 +84,7 @@ def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     k, c = weight.shape[:2]
     u = torch.empty(-(-k // PANEL) * 36 * c * PANEL, dtype=torch.float32)
     _native.module().winograd_weights(
-        u.data_ptr(), weight.data_ptr(), _DTYPE[dtype], k, c, *weight.stride(), False
+        u.data_ptr(), weight.data_ptr(), DTYPE[dtype], k, c, *weight.stride(), False
     )
     return u
 
@@ -115,7 +118,7 @@ def wgrad(dy: Tensor, x: Tensor, padding: int) -> Tensor:
     n, c, h, w = x.shape
     dw = torch.empty((dy.shape[1], c, 3, 3), dtype=torch.float32, memory_format=_CL)
     _native.module().winograd_wgrad(
-        dw.data_ptr(), dy.data_ptr(), x.data_ptr(), _DTYPE[x.dtype], n, h, w, c, dy.shape[1],
+        dw.data_ptr(), dy.data_ptr(), x.data_ptr(), DTYPE[x.dtype], n, h, w, c, dy.shape[1],
         padding, torch.get_num_threads(),
     )  # fmt: skip
     return dw
@@ -141,9 +144,8 @@ def _fprop(
     if turned:  # the roles of the channels change
         strides[0], strides[1] = strides[1], strides[0]
     _native.module().winograd_fprop(
-        out.data_ptr(), x.data_ptr(), 0 if u is None else u.data_ptr(),
-        0 if weight is None else weight.data_ptr(), *strides, turned,
-        0 if bias is None else bias.data_ptr(), 0 if residual is None else residual.data_ptr(),
-        relu, _DTYPE[x.dtype], n, h, w, c, k, padding, torch.get_num_threads(),
+        out.data_ptr(), x.data_ptr(), ptr(u), ptr(weight), *strides, turned,
+        ptr(bias), ptr(residual), relu, DTYPE[x.dtype], n, h, w, c, k, padding,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -109,7 +109,7 @@ def choice_of(module: Any, x: Tensor) -> tuple[str, str]:
     if current.empty:
         return plan.HEURISTIC
     training = torch.is_grad_enabled()
-    flags = tuple([norm.training for norm in _norms_of(module, fusion.spec)])
+    flags = tuple([child(module, bn).training for _, bn in fusion.spec.pairs()])
     fast = (x.shape, x.stride(), x.dtype, x.device, autocast_dtype(x), training, flags)
     known = fusion.choices.get(fast)
     if known is None or known[0] != current.version:
@@ -118,12 +118,6 @@ def choice_of(module: Any, x: Tensor) -> tuple[str, str]:
         choice, why = current.lookup(plan_key(module, x, training))
         known = fusion.choices[fast] = (current.version, choice, why)
     return known[1], known[2]
-
-
-def _norms_of(module: nn.Module, spec: Spec) -> list[Any]:
-    """The batch norms; most are direct children, which saves the walk along a path."""
-    own = module._modules
-    return [own.get(bn) or child(module, bn) for _, bn in spec.pairs()]
 
 
 def unproven(x: Tensor, *families: str) -> str | None:

@@ -264,8 +264,6 @@ def ladder(
     target: str, dtype_name: str, steps=STEPS, networks=NETWORKS, batch: int = 256
 ) -> list[Launch]:
     """The conv kernels' launches of the residual stages, duplicates of form and tile left out."""
-    from fastres.ops import _ladder
-
     dtype = DTYPES[dtype_name]
     out: dict[tuple, Launch] = {}
     tf32 = torch.backends.cudnn.allow_tf32
@@ -276,7 +274,7 @@ def ladder(
             for name, blocks in _stages(network):
                 for rung, training, backward in steps:
                     with capture(target) as found:
-                        z = _stage(_ladder, x, blocks, rung, training, backward, dtype)
+                        z = _stage(x, blocks, rung, training, backward, dtype)
                     for launch in found:
                         if launch.conv:
                             case = _describe(launch, f"{network} {name}")
@@ -288,8 +286,10 @@ def ladder(
     return list(out.values())
 
 
-def _stage(_ladder, x, blocks, rung: str, training: bool, save: bool, dtype) -> Tensor:
+def _stage(x, blocks, rung: str, training: bool, save: bool, dtype) -> Tensor:
     """Forward (and backward) of one stage; its output."""
+    from fastres.ops import _ladder, _ladder_bwd
+
     convs = [c for main, proj in blocks for c in [*main, *([] if proj is None else [proj])]]
     geometry = [g for c in convs for g in (*c.stride, *c.padding, *c.dilation, c.groups)]
     main, projection = [len(b[0]) for b in blocks], [b[1] is not None for b in blocks]
@@ -308,7 +308,7 @@ def _stage(_ladder, x, blocks, rung: str, training: bool, save: bool, dtype) -> 
         x, weights, *affine, vectors(), vectors(), stage, save
     )
     if save:
-        _ladder.backward(
+        _ladder_bwd.backward(
             torch.empty_like(z), x, zs, masks, weights, *affine, ys, stats, stage, True, [True] * n
         )
     return z

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.nn import FastBottleneck
-from fastres.ops import _ladder
+from fastres.ops import _ladder, _ladder_bwd
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -62,8 +62,8 @@ def test_a_network_trains_on_triton(kind, rung, monkeypatch):
     monkeypatch.setattr(
         "fastres._cpu.bn_stats", lambda *a: pytest.fail("another backend ran"), raising=True
     )
-    for name in ("conv_fwd", "conv_bwd"):
-        monkeypatch.setattr(_ladder, name, lambda *a: pytest.fail("a vendor's conv ran"))
+    for module, name in ((_ladder, "conv_fwd"), (_ladder_bwd, "conv_bwd")):
+        monkeypatch.setattr(module, name, lambda *a: pytest.fail("a vendor's conv ran"))
     model = network(kind)
     truth = step(copy.deepcopy(model).double(), sample(torch.float64))
     eager = step(copy.deepcopy(model), sample())

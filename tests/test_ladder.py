@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastres
-from fastres.ops import BatchNorm, Block, Conv, Unit, _ladder, residual_stage
+from fastres.ops import BatchNorm, Block, Conv, Unit, _ladder, _ladder_bwd, residual_stage
 from fastres.ops._ladder import RUNGS
 
 
@@ -270,7 +270,7 @@ def test_without_a_backward(kind, groups, training, rung):
 @pytest.mark.parametrize("name", ["grouped", "bottleneck, all grouped"])
 def test_a_vendor_that_answers_in_nchw(name, rung, monkeypatch):
     """Some vendor kernels give NCHW for an NHWC input; the fused convs take NHWC alone."""
-    conv_fwd, conv_bwd = _ladder.conv_fwd, _ladder.conv_bwd
+    conv_fwd, conv_bwd = _ladder.conv_fwd, _ladder_bwd.conv_bwd
 
     def nchw_bwd(*args):
         dx, dw = conv_bwd(*args)
@@ -281,7 +281,7 @@ def test_a_vendor_that_answers_in_nchw(name, rung, monkeypatch):
 
     monkeypatch.setattr(_ladder, "vendor_reason", no_groups)
     monkeypatch.setattr(_ladder, "conv_fwd", lambda *args: conv_fwd(*args).contiguous())
-    monkeypatch.setattr(_ladder, "conv_bwd", nchw_bwd)
+    monkeypatch.setattr(_ladder_bwd, "conv_bwd", nchw_bwd)
     stage = make("bottleneck", groups=4, blocks=2, stride=1 if "all" in name else 2)
     if "all" in name:  # the last conv of each block on the vendor's, too
         for main, _ in stage.blocks:
@@ -327,7 +327,7 @@ class Alive:
         self.blocks: list[list[tuple[StorageWeakRef, int]]] = []
         self.seen: list[list[int]] = []
         module = importlib.import_module("fastres.ops.residual_stage")
-        forward, block = module.forward, _ladder.Backward.block
+        forward, block = module.forward, _ladder_bwd.Backward.block
 
         def watched(x, *args):
             out = forward(x, *args)
@@ -345,7 +345,7 @@ class Alive:
             return block(run, *args)
 
         monkeypatch.setattr(module, "forward", watched)
-        monkeypatch.setattr(_ladder.Backward, "block", counted)
+        monkeypatch.setattr(_ladder_bwd.Backward, "block", counted)
 
     def bytes(self) -> list[int]:
         return [sum(n for ref, n in refs if not ref.expired()) for refs in self.blocks]
@@ -511,7 +511,7 @@ def test_the_named_passes_and_no_others_are_the_vendors(fusion, monkeypatch):
     }
     assert len(names) == 4
     vendor, ours = [], []
-    fwd, bwd = _ladder.conv_fwd, _ladder.conv_bwd
+    fwd, bwd = _ladder.conv_fwd, _ladder_bwd.conv_bwd
 
     def of(w, geometry):
         return names[tuple(w.shape), geometry[0]]
@@ -533,7 +533,7 @@ def test_the_named_passes_and_no_others_are_the_vendors(fusion, monkeypatch):
         return call
 
     monkeypatch.setattr(_ladder, "conv_fwd", conv_fwd)
-    monkeypatch.setattr(_ladder, "conv_bwd", conv_bwd)
+    monkeypatch.setattr(_ladder_bwd, "conv_bwd", conv_bwd)
     reference = importlib.import_module("fastres._reference_backend")
     for kernel, *where in (
         ("conv_fprop", 5, 6, ["fprop"]), ("conv_dgrad", 3, 4, ["dgrad"]),

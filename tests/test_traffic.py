@@ -322,12 +322,10 @@ def stages(target: str, dtype: str, network: str, rung: str):
     """The launches of a training step's residual stages at batch 256, by a target's table."""
     import aot_cases
 
-    from fastres.ops import _ladder
-
     x = aot_cases.activation(256, 64, 56, aot_cases.DTYPES[dtype])
     for _, blocks in aot_cases._stages(network):
         with aot_cases.capture(target) as found:
-            x = aot_cases._stage(_ladder, x, blocks, rung, True, True, x.dtype)
+            x = aot_cases._stage(x, blocks, rung, True, True, x.dtype)
         yield from found
 
 

@@ -25,6 +25,11 @@ constexpr float kSum = kA2 + kB2, kProd = kA2 * kB2;
 constexpr float kG0 = 1.0f / kProd;
 constexpr float kGa = 1.0f / (2.0f * kA2 * (kA2 - kB2)), kGb = 1.0f / (2.0f * kB2 * (kB2 - kA2));
 
+// Scratch memory, see runtime.h.
+FASTRES_INLINE float* floats(int slot, int64_t count) {
+  return static_cast<float*>(scratch(slot, static_cast<size_t>(count) * sizeof(float)));
+}
+
 // Each transform is its matrix times a vector, rows ordered 0, a, -a, b, -b, infinity.
 
 // B^T

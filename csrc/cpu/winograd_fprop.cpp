@@ -33,10 +33,6 @@ struct Products {
   int64_t floats() const { return kPoints * plane; }  // of one panel
 };
 
-float* floats(int slot, int64_t count) {
-  return static_cast<float*>(scratch(slot, static_cast<size_t>(count) * sizeof(float)));
-}
-
 int64_t panel_floats(int64_t c) { return kPoints * c * kCols; }
 
 // 1. u (36, C, kCols) = G w G^T of one panel, 0 for the channels that pad the last one

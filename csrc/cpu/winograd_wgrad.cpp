@@ -99,8 +99,7 @@ void accumulate(const WinogradWgrad& p) {
   for (int64_t first = 0; first < g.count; first += size) {
     const int64_t count = min64(size, g.count - first);
     const Chunk xs(first, count, p.c), ys(first, count, p.k);
-    float* v = static_cast<float*>(
-        scratch(0, static_cast<size_t>(xs.floats() + ys.floats()) * sizeof(float)));
+    float* v = floats(0, xs.floats() + ys.floats());
     float* d = v + xs.floats();
     parallel(count, 1, [&](int64_t begin, int64_t end) {
       transform_chunk<kHalo>(v, static_cast<const T*>(p.x), p.h, p.w, p.c, p.padding,
@@ -112,8 +111,7 @@ void accumulate(const WinogradWgrad& p) {
     // point by point, so that the channels of a job are read once
     constexpr int64_t kProducts = kPoints * kGroup * kCols;
     parallel(cut.jobs, 1, [&](int64_t begin, int64_t end) {
-      const size_t bytes = static_cast<size_t>(cut.groups * cut.panels * kProducts) * sizeof(float);
-      float* m = static_cast<float*>(scratch(1, bytes));
+      float* m = floats(1, cut.groups * cut.panels * kProducts);
       for (int64_t job = begin; job < end; ++job) {
         const int64_t c0 = job / cut.across * cut.groups * kGroup;
         const int64_t k0 = job % cut.across * cut.panels * kCols;

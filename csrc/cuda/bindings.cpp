@@ -2,6 +2,7 @@
 // for. fastres/_cuda.py is the caller. Addresses are integers, 0 where the contract says None.
 #include "bindings.h"
 
+#include "../arguments.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -9,19 +10,6 @@ namespace py = pybind11;
 namespace fastres {
 namespace cuda {
 namespace {
-
-using Ptr = uintptr_t;
-using I64 = int64_t;
-
-float* f32(Ptr address) { return reinterpret_cast<float*>(address); }
-void* any(Ptr address) { return reinterpret_cast<void*>(address); }
-uint8_t* u8(Ptr address) { return reinterpret_cast<uint8_t*>(address); }
-
-Act act(int dtype, bool nhwc, I64 n, I64 c, I64 s) {
-  Act a{dtype, nhwc, n, c, s, nhwc ? n * s : n * c, nhwc ? c : s, 0};
-  a.mask_row = (a.inner + 7) / 8;
-  return a;
-}
 
 void bind_bn_stats(Ptr mean, Ptr var, Ptr rstd, Ptr x, double eps, Ptr work, int dtype, bool nhwc,
                    I64 n, I64 c, I64 s, int device, Ptr stream) {

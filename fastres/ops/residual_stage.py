@@ -35,7 +35,6 @@ from ._args import (
 from ._fixed import fixed_norm
 from ._ladder import (
     Stage,
-    backward,
     conv_output,
     forward,
     fuses,
@@ -43,6 +42,7 @@ from ._ladder import (
     vendor_output,
     weight_like,
 )
+from ._ladder_bwd import backward
 from ._library import define, plain_eager, refuse_double_backward
 from ._units import (
     GEOMETRY,
