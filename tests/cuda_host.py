@@ -21,7 +21,7 @@ FOLDER = ROOT / "build" / f"cuda_host-{sys.implementation.cache_tag}"
 SHIM = ROOT / "tests" / "cuda_host"
 VARIABLE = "FASTRES_TEST_CUDA_HOST"
 
-WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas"
+WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 COMMON = "-std=c++17 -fPIC -fvisibility=hidden -DFASTRES_CUDA_HOST"
 # as nvcc's -fmad=false: an fma only where the source says fmaf
 KERNELS = f"{COMMON} {WARNINGS} -O1 -g1 -ffp-contract=off"
@@ -104,7 +104,9 @@ def _ninja_file() -> str:
 
     objects = [compile_(s, f"{s.stem}.o", f"{KERNELS} {SANITIZE}") for s in sources()]
     shim = compile_(SHIM / "shim.cpp", "shim.o", f"{KERNELS} {SANITIZE}")
-    for source in (ROOT / "csrc" / "cuda" / "bindings.cpp", SHIM / "module.cpp"):
+    # it multiplies matrices: -O2
+    shim += " " + compile_(SHIM / "hopper.cpp", "hopper.o", f"{KERNELS} -O2 {SANITIZE}")
+    for source in (*sorted((ROOT / "csrc" / "cuda").glob("*bindings.cpp")), SHIM / "module.cpp"):
         objects.append(compile_(source, f"{source.stem}.o", f"{COMMON} -O0 {python}"))
     lines.append(f"build fastres_cuda_host.so: module {' '.join([*objects, shim])}")
     selftest = compile_(SHIM / "selftest.cpp", "selftest.o", f"{KERNELS} {SANITIZE}")

@@ -4,7 +4,8 @@
     python tests/cuda_sass.py --write   # into bench/results/cuda/nvcc-X.Y.json
 
 The budget (`problems`): no stack, no local memory, registers for two blocks an SM, and in the
-kernels of 8-element units 16-byte accesses to the activations."""
+kernels of 8-element units 16-byte accesses to the activations. The pointwise convolutions have one
+block of 384 threads an SM, wgmma and the copy engine; on other archs than sm_90a they are empty."""
 
 from __future__ import annotations
 
@@ -21,11 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "cuda"
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
 COLUMNS = ("arch", "kernel", "dtype", "lanes", "dual", "registers", "stack", "local", "shared",
-           "wide_loads", "wide_stores", "half_loads", "half_stores", "local_accesses")  # fmt: skip
+           "wide_loads", "wide_stores", "half_loads", "half_stores", "local_accesses",
+           "wgmma", "copies")  # fmt: skip
 DTYPES = {"f": "fp32", "NS0_4BF16E": "bf16", "NS0_3F16E": "fp16"}
-NAME = re.compile(r"\d+([a-z_]+_kernel)(?:I(f|NS0_4BF16E|NS0_3F16E)(?:Li(\d)E)?(?:Lb(\d)E)?E)?")
+NAME = re.compile(r"\d+([a-z_]+_kernel)(?:I(f|NS0_4BF16E|NS0_3F16E)(?:Li(\d+)E)?(?:Lb(\d)E)?E)?")
 REGISTERS = 128  # 65,536 of an SM over two blocks of 256 threads
 SHARED = 48 << 10  # of a block without asking for more
+POINTWISE = 168  # registers at launch: 65,536 over 384 threads; setmaxnreg gives consumers 232
+# Four wgmmas for each of the two buffers of fragments, and the copies that keep a ring full.
+WGMMA = {"pointwise_fprop_kernel": (8, 3)}
 
 # 16-byte loads and stores in flight of an 8-element kernel, by tensors x 64 bytes (bn_apply dual
 # and the backward passes: 32 bytes a tensor; the statistics: 128); the pool's are of one unit.
@@ -106,6 +111,8 @@ def read(library: Path) -> list[dict]:
             arch = arch if arch.startswith(found[1]) else found[1]
         elif found := re.search(r"Function : (\w+)", line):
             row = rows.get((arch, found[1]))
+        elif row is not None and (found := re.search(r"\b(HGMMA|UTMALDG)\b", line)):
+            row["wgmma" if found[1] == "HGMMA" else "copies"] += 1
         elif row is not None and (found := re.search(r"\b(LDG|STG|LDL|STL)(\.[\w.]+)?", line)):
             kind, width = found[1], found[2] or ""
             if kind in ("LDL", "STL"):
@@ -124,8 +131,15 @@ def problems(row: dict) -> list[str]:
     out = []
     if row["stack"] or row["local"] or row["local_accesses"]:
         out.append(f"stack {row['stack']}, local {row['local']}, {row['local_accesses']} accesses")
-    if row["registers"] > REGISTERS:
-        out.append(f"{row['registers']} registers > {REGISTERS}")
+    most = POINTWISE if row["kernel"] in WGMMA else REGISTERS
+    if row["registers"] > most:
+        out.append(f"{row['registers']} registers > {most}")
+    if row["kernel"] in WGMMA and row["arch"] == "sm_90a":
+        for what, n in zip(("wgmma", "copies"), WGMMA[row["kernel"]], strict=True):
+            if row[what] < n:
+                out.append(f"{row[what]} {what}, wanted {n}")
+        if not row["wide_stores"]:
+            out.append("no 16-byte stores")
     if row["shared"] > SHARED:
         out.append(f"shared memory {row['shared']} > {SHARED}")
     if row["lanes"] == 8:

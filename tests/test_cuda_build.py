@@ -64,6 +64,20 @@ def test_the_budget_is_broken_by_spills_and_narrow_accesses():
         assert said in cuda_sass.problems({**row, **change})[0]
 
 
+def test_the_budget_of_the_pointwise_convolutions():
+    rows = [r for r in cuda_sass.committed()["rows"] if r["kernel"] in cuda_sass.WGMMA]
+    here = [r for r in rows if r["arch"] == "sm_90a"]
+    assert {r["kernel"] for r in here} == set(cuda_sass.WGMMA)
+    assert {(r["dtype"], r["lanes"]) for r in here} == {
+        (d, n) for d in ("bf16", "fp16") for n in (64, 128, 256)
+    }
+    assert not any(r["wgmma"] for r in rows if r not in here)
+    for change, said in [({"wgmma": 0}, "0 wgmma"), ({"copies": 0}, "0 copies"),
+                         ({"registers": 176}, "176 registers"), ({"stack": 32}, "stack 32"),
+                         ({"wide_stores": 0}, "no 16-byte stores")]:  # fmt: skip
+        assert said in cuda_sass.problems({**here[0], **change})[0]
+
+
 # --- errors, before and at the launch -------------------------------------------------------------
 
 SIZES = (1, True, 2, 8, 4)  # bf16, NHWC, N, C, H * W

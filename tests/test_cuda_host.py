@@ -19,6 +19,7 @@ FILES = (
     "test_bn_relu_maxpool.py",
     "test_selfcheck.py",
     "test_ops.py",
+    "test_cuda_pointwise.py",
 )
 
 if cuda_host.wanted():

@@ -133,6 +133,7 @@ void bind(py::module_& m) {
         return workspace_floats(act(dtype, nhwc, n, c, s), parts);
       },
       "Floats of a reduction's workspace.");
+  bind_pointwise(m);
   m.def("archs", &built_archs, "What this build has code for.");
 }
 

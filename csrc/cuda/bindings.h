@@ -7,6 +7,8 @@ namespace cuda {
 
 // Adds the launchers to `m`: fastres._C.cuda, or the tests' module on the host shim.
 void bind(pybind11::module_& m);
+// Of them the pointwise convolutions; bind() calls it.
+void bind_pointwise(pybind11::module_& m);
 
 }  // namespace cuda
 }  // namespace fastres

@@ -14,6 +14,7 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;
+[[maybe_unused]] constexpr int kSharedUnasked = 48 << 10;  // a kernel gets it without asking
 // About two waves of blocks on 132 SMs at four blocks each.
 constexpr int64_t kReduceBlocks = 1024;
 // Partials of a channel: a warp of the finalise kernel reads them in 16 turns.
@@ -226,9 +227,14 @@ void run_raw(const Launch& launch, int64_t blocks, const void* kernel, void** ar
     throw std::invalid_argument("fastres cuda: " + describe(launch.name, launch.act) +
                                 ": too large, " + std::to_string(blocks) + " blocks");
   }
-  const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-  const cudaError_t error = cudaLaunchKernel(kernel, grid, block, args, 0,
-                                             reinterpret_cast<cudaStream_t>(launch.place.stream));
+  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(launch.threads));
+  if (launch.shared > kSharedUnasked) {
+    check(launch.name, launch.act, launch.place,
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared));
+  }
+  const cudaError_t error =
+      cudaLaunchKernel(kernel, grid, block, args, static_cast<size_t>(launch.shared),
+                       reinterpret_cast<cudaStream_t>(launch.place.stream));
   check(launch.name, launch.act, launch.place, error);
   check(launch.name, launch.act, launch.place, cudaPeekAtLastError());
 }

@@ -11,6 +11,9 @@
 
 #include "ops.h"
 #include "tiles.cuh"
+#ifdef FASTRES_CUDA_HOST
+#include "hopper.h"
+#endif
 
 namespace fastres {
 namespace cuda {
@@ -30,6 +33,8 @@ struct Launch {
   const char* name;
   const Act& act;
   const Place& place;
+  int threads = kThreads;
+  int shared = 0;  // bytes of dynamic shared memory
 };
 
 std::string describe(const char* name, const Act& act);
@@ -37,7 +42,12 @@ std::string describe(const char* name, const Act& act);
 #ifdef FASTRES_CUDA_HOST
 template <class... P, class... A>
 void run(const Launch& launch, int64_t blocks, void (*kernel)(P...), const A&... args) {
-  shim::launch(launch.name, blocks, kThreads, [&] { kernel(args...); });
+  if (launch.shared > 0) {
+    shim::launch_shared(launch.name, blocks, launch.threads, launch.shared,
+                        [&] { kernel(args...); });
+  } else {
+    shim::launch(launch.name, blocks, launch.threads, [&] { kernel(args...); });
+  }
 }
 #else
 void run_raw(const Launch& launch, int64_t blocks, const void* kernel, void** args);

@@ -3,6 +3,7 @@
 
 #include "cuda/bindings.h"
 #include "cuda/launch.cuh"
+#include "hopper.h"
 
 namespace fastres {
 namespace cuda {
@@ -17,5 +18,6 @@ std::string built_archs() { return "host"; }
 PYBIND11_MODULE(fastres_cuda_host, m) {
   fastres::cuda::bind(m);
   m.def("set_order", &shim::set_order, "0: in order, 1: last first, others: shuffled by this seed");
+  m.def("set_fault", &shim::set_fault, "Run kernels as if broken: shim::Fault; 0: right.");
   m.def("launches", &shim::launches);
 }

@@ -62,7 +62,7 @@ struct Fiber {
   void* fake = nullptr;  // AddressSanitizer's
 };
 
-enum State { kNew, kRunning, kReady, kBarrier, kWarpOp, kDone };
+enum State { kNew, kRunning, kReady, kBarrier, kWarpOp, kWaiting, kDone };
 
 struct Thread {
   State state = kNew;
@@ -70,6 +70,7 @@ struct Thread {
   int kind = 0, argument = 0;
   unsigned mask = 0;
   uint64_t value = 0;
+  const std::function<bool()>* ready = nullptr;
 };
 
 Fiber main_fiber;
@@ -84,6 +85,8 @@ const std::function<void()>* body = nullptr;
 std::string failure;
 unsigned seed = 0;
 int64_t count = 0;
+const Engine* engine = nullptr;
+std::vector<uint64_t> gathered;  // of each warp's last kGather
 
 void enter();
 
@@ -169,12 +172,15 @@ void wait(int id) {
 }
 
 const char* name_of(State s) {
-  return s == kDone ? "has ended" : s == kBarrier ? "waits at a barrier" : "waits for its warp";
+  return s == kDone      ? "has ended"
+         : s == kBarrier ? "waits at a barrier"
+         : s == kWarpOp  ? "waits for its warp"
+                         : "waits at an mbarrier, a named barrier or for its warpgroup";
 }
 
 void stuck() {
   std::string text = "deadlock:";
-  State seen[3] = {kDone, kBarrier, kWarpOp};
+  const State seen[] = {kDone, kBarrier, kWarpOp, kWaiting};
   for (const State s : seen) {
     for (size_t i = 0; i < threads.size(); ++i) {
       if (threads[i].state == s) {
@@ -192,6 +198,8 @@ void run_block() {
   at_barrier = done = 0;
   epoch = 0;
   ++generation;
+  gathered.assign(threads.size() + 32, 0);
+  if (engine != nullptr) engine->begin(static_cast<int>(threads.size()));
   while (failure.empty() && done < static_cast<int>(threads.size())) {
     bool moved = false;
     while (failure.empty() && started < order.size()) {
@@ -200,14 +208,16 @@ void run_block() {
     }
     for (size_t i = 0; failure.empty() && i < order.size(); ++i) {
       Thread& t = threads[order[i]];
+      if (t.state == kWaiting && (*t.ready)()) t.state = kReady;
       if (t.state != kReady) continue;
       moved = true;
       t.state = kRunning;
       thread_index = Index{static_cast<unsigned>(order[i]), 0, 0};
       go(&main_fiber, t.fiber);
     }
-    if (!moved && failure.empty()) stuck();
+    if (!moved && failure.empty() && !(engine != nullptr && engine->idle())) stuck();
   }
+  if (failure.empty() && engine != nullptr) failure = engine->end();
 }
 
 }  // namespace
@@ -223,6 +233,7 @@ void barrier() {
   if (++at_barrier == static_cast<int>(threads.size())) {
     at_barrier = 0;
     ++epoch;
+    if (engine != nullptr) engine->all_meet();
     for (Thread& t : threads) {
       if (t.state == kBarrier) t.state = kReady;
     }
@@ -264,7 +275,9 @@ uint64_t warp(int kind, uint64_t value, int argument, unsigned mask) {
     const int a = threads[first + lane].argument;
     int from = kind == kShuffle ? a & 31 : kind == kShuffleXor ? lane ^ a : lane + a;
     if (from >= 32) from = lane;
-    if (kind == kBallot) {
+    if (kind == kSyncWarp || kind == kGather) {
+      gathered[static_cast<size_t>(first + lane)] = in[lane];
+    } else if (kind == kBallot) {
       for (int other = 0; other < lanes; ++other) {
         if ((mask >> other & 1u) && in[other]) out[lane] |= uint64_t{1} << other;
       }
@@ -273,6 +286,7 @@ uint64_t warp(int kind, uint64_t value, int argument, unsigned mask) {
       out[lane] = in[from];
     }
   }
+  if (kind == kSyncWarp && engine != nullptr) engine->warp_meets(first, lanes);
   for (int lane = 0; lane < lanes; ++lane) {
     if (!(mask >> lane & 1u)) continue;
     threads[first + lane].value = out[lane];
@@ -282,10 +296,26 @@ uint64_t warp(int kind, uint64_t value, int argument, unsigned mask) {
   return me.value;
 }
 
+const uint64_t* warp_gather(uint64_t value) {
+  const int id = static_cast<int>(thread_index.x);
+  warp(kGather, value, 0, 0xffffffffu);
+  return &gathered[static_cast<size_t>(id / 32 * 32)];
+}
+
+void wait_until(const std::function<bool()>& ready) {
+  if (ready()) return;
+  const int id = static_cast<int>(thread_index.x);
+  threads[id].ready = &ready;
+  threads[id].state = kWaiting;
+  wait(id);
+}
+
 void set_order(unsigned s) { seed = s; }
+unsigned order_seed() { return seed; }
 int64_t launches() { return count; }
 
-void launch(const char* name, int64_t blocks, int n, const std::function<void()>& kernel) {
+void launch(const char* name, int64_t blocks, int n, const std::function<void()>& kernel,
+            const Engine* of) {
   if (blocks < 1) throw std::runtime_error(std::string(name) + ": a launch of no blocks");
   ++count;
   threads.assign(static_cast<size_t>(n), Thread{});
@@ -299,6 +329,7 @@ void launch(const char* name, int64_t blocks, int n, const std::function<void()>
     std::shuffle(block_order.begin(), block_order.end(), random);
   }
   body = &kernel;
+  engine = of;
   failure.clear();
   for (const int64_t block : block_order) {
     block_index = Index{static_cast<unsigned>(block), 0, 0};

@@ -35,11 +35,25 @@ uint64_t warp(int kind, uint64_t value, int argument, unsigned mask);
 
 // 0: in order; 1: last first; others: shuffled by this seed.
 void set_order(unsigned seed);
+unsigned order_seed();
+
+// What dynamic shared memory, copies and wgmma (hopper.cpp) need to know of a block's life.
+struct Engine {
+  void (*begin)(int threads);
+  bool (*idle)();                            // no thread can run: true when something happened
+  std::string (*end)();                      // of the block: what is wrong, or nothing
+  void (*all_meet)();                        // at __syncthreads
+  void (*warp_meets)(int first, int count);  // at __syncwarp
+};
 // Runs the kernel; throws std::runtime_error.
-void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& kernel);
+void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& kernel,
+            const Engine* engine = nullptr);
 int64_t launches();
 
-enum { kBallot, kShuffle, kShuffleXor, kShuffleDown };
+void wait_until(const std::function<bool()>& ready);
+const uint64_t* warp_gather(uint64_t value);  // of all lanes, until this lane's next warp operation
+
+enum { kBallot, kShuffle, kShuffleXor, kShuffleDown, kSyncWarp, kGather };
 
 template <class T>
 uint64_t pack(T v) {
@@ -177,6 +191,7 @@ inline uint16_t float_to_half(float v) {
   auto& name = name##_shared.enter()
 
 inline void __syncthreads() { shim::barrier(); }
+inline void __syncwarp() { shim::warp(shim::kSyncWarp, 0, 0, 0xffffffffu); }
 inline unsigned __ballot_sync(unsigned mask, bool v) {
   return static_cast<unsigned>(shim::warp(shim::kBallot, v, 0, mask));
 }
@@ -205,9 +220,13 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }

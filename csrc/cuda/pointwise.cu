@@ -1,0 +1,202 @@
+#include "pointwise_launch.cuh"
+
+#include <stdexcept>
+
+#ifndef FASTRES_CUDA_HOST
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#endif
+
+namespace fastres {
+namespace cuda {
+namespace {
+
+#ifdef FASTRES_CUDA_HOST
+constexpr int64_t kBlocks = 3;  // small tensors in the tests are to have chunks of several tiles
+constexpr int kStagesMost = 2;  // and rings that turn round
+#else
+constexpr int64_t kBlocks = 132;  // SMs of an H100 or H200; a constant: results depend on it
+constexpr int kStagesMost = 8;
+#endif
+// Bytes in flight to the memory: 4.8 TB/s * 0.8 us / 132 SMs = 29 KB an SM, two tiles of 16 KB; one
+// more is being multiplied and one transformed.
+constexpr int kStagesWanted = 4;
+
+}  // namespace
+
+int tile_columns(int64_t width, int most) {
+  int n = 64;
+  while (n < most && n < width) n *= 2;
+  return n;
+}
+
+Schedule schedule(int64_t rows, int64_t length, int64_t width, int n, const Needs& needs) {
+  Schedule s{};
+  s.rows = rows;
+  s.columns = static_cast<int>(ceil_div(width, n));
+  s.steps = static_cast<int>(ceil_div(length, kTileChannels));
+  // 1. chunks: as many blocks as SMs, a multiple of the columns' tiles
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const int64_t chunks = kBlocks / s.columns < 1 ? 1 : kBlocks / s.columns;
+  s.tiles = ceil_div(tiles, chunks);
+  s.chunks = ceil_div(tiles, s.tiles);
+  // 2. shared memory: what is there once, then the ring
+  const int weights = n * kSwizzleBytes;  // of a step
+  int fixed = kConsumers / 32 * kStagingBytes;
+  fixed += 4 * (needs.row_planes * s.steps * kTileChannels + needs.column_planes * n);
+  fixed += 64 + 8 * (2 * kStagesMost + 1);  // counts, barriers
+  int tile = kTileBytes * (needs.y ? 2 : 1);
+  s.y = kTileBytes;
+  const auto fit = [&](int stage, int64_t once) {
+    return static_cast<int>((kMostShared - fixed - once) / stage);
+  };
+  const int64_t all = static_cast<int64_t>(weights) * s.steps;
+  s.resident = all < kMostShared && fit(tile + needs.bits, all) >= (needs.y ? 2 : kStagesWanted);
+  if (!s.resident) {
+    s.weights = static_cast<uint32_t>(tile);
+    tile += weights;
+  }
+  s.bits = static_cast<uint32_t>(tile);
+  s.stage_bytes = tile + needs.bits;
+  s.stages = fit(s.stage_bytes, s.resident ? all : 0);
+  s.stages = s.stages > kStagesMost ? kStagesMost : s.stages;
+  uint32_t at = static_cast<uint32_t>(s.stages * s.stage_bytes);
+  if (s.resident) {
+    s.weights = at;
+    at += static_cast<uint32_t>(all);
+  }
+  s.staging = at;
+  at += kConsumers / 32 * kStagingBytes;
+  s.row_table = at;
+  at += static_cast<uint32_t>(4 * needs.row_planes * s.steps * kTileChannels);
+  s.column_table = at;
+  at += static_cast<uint32_t>(4 * needs.column_planes * n);
+  s.counts = at;
+  s.barriers = at + 64;
+  s.bytes = s.barriers + static_cast<uint32_t>(8 * (2 * s.stages + 1));
+  return s;
+}
+
+std::string pointwise_refuses(int64_t rows, int64_t c, int64_t k) {
+  if (c % 8 != 0 || k % 8 != 0) {
+    return std::to_string(c) + " and " + std::to_string(k) +
+           " channels: multiples of 8 are needed, rows of whole 16 bytes";
+  }
+  // a table of 4 vectors over the channels beside two stages of 65 KB
+  constexpr int64_t kMostChannels = 4096;
+  if (c > kMostChannels || k > kMostChannels) {
+    return std::to_string(c > k ? c : k) + " channels, " + std::to_string(kMostChannels) +
+           " at most";
+  }
+  if (rows > INT32_MAX - kTileRows) return "more pixels than the copy engine's coordinates reach";
+  return "";
+}
+
+void check_pointwise(const Launch& launch, int64_t k,
+                     std::initializer_list<const void*> activations) {
+  const Act& act = launch.act;
+  const auto refuse = [&](const std::string& why) {
+    throw std::invalid_argument("fastres cuda: " + describe(launch.name, act) + " to " +
+                                std::to_string(k) + " channels: " + why);
+  };
+  if (act.dtype != kBF16 && act.dtype != kF16) refuse("bfloat16 or float16 is needed");
+  if (!act.nhwc) refuse("channels_last is needed");
+  if (act.n <= 0 || act.c <= 0 || act.s <= 0 || k <= 0) refuse("empty");
+  const std::string why = pointwise_refuses(act.outer, act.c, k);
+  if (!why.empty()) refuse(why);
+  for (const void* p : activations) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 != 0)
+      refuse("a tensor that is not aligned to 16 bytes");
+  }
+  const std::string missing = pointwise_missing(launch.place.device);
+  if (!missing.empty()) {
+    throw std::runtime_error("fastres cuda: " + describe(launch.name, act) + ", device " +
+                             std::to_string(launch.place.device) + ": " + missing);
+  }
+}
+
+#ifdef FASTRES_CUDA_HOST
+
+std::string pointwise_missing(int) { return ""; }
+
+TensorMap tensor_map(const Launch&, const void* base, int64_t rows, int64_t columns, int box_rows) {
+  TensorMap map{};
+  shim::make_map(map.word, base, rows, columns, box_rows);
+  return map;
+}
+
+#else
+
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= 64,
+              "a TensorMap is a CUtensorMap");
+
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, through the runtime: libcuda is not linked.
+Encode encoder() {
+  static const Encode found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult status{};
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                               12000, cudaEnableDefault, &status);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &status);
+#endif
+    if (error != cudaSuccess || status != cudaDriverEntryPointSuccess) {
+      cudaGetLastError();
+      function = nullptr;
+    }
+    return reinterpret_cast<Encode>(function);
+  }();
+  return found;
+}
+
+}  // namespace
+
+std::string pointwise_missing(int device) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
+    cudaGetLastError();
+    return "no CUDA device";
+  }
+  if (major != 9 || minor != 0) {
+    return "the kernels are for compute capability 9.0 (Hopper), this is " + std::to_string(major) +
+           "." + std::to_string(minor);
+  }
+  if ((" " + built_archs() + " ").find(" 90a ") == std::string::npos) {
+    return "the build has code for " + built_archs() + ", not for 90a";
+  }
+  if (encoder() == nullptr) return "the driver has no cuTensorMapEncodeTiled";
+  return "";
+}
+
+TensorMap tensor_map(const Launch& launch, const void* base, int64_t rows, int64_t columns,
+                     int box_rows) {
+  TensorMap map{};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[] = {static_cast<cuuint64_t>(columns) * 2};
+  const cuuint32_t box[] = {kTileChannels, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t step[] = {1, 1};
+  // UINT16: the bits are copied, and past the ends 0 is written
+  const CUresult error =
+      encoder()(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
+                const_cast<void*>(base), sizes, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (error != CUDA_SUCCESS) {
+    throw std::runtime_error("fastres cuda: " + describe(launch.name, launch.act) + ", device " +
+                             std::to_string(launch.place.device) +
+                             ": cuTensorMapEncodeTiled: error " + std::to_string(error));
+  }
+  return map;
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace fastres

@@ -1,0 +1,47 @@
+// The pointwise convolutions' arguments and launchers (sm_90a): 1 x 1, stride 1, one group, NHWC,
+// bf16 or fp16, channels in multiples of 8. Workspaces of *_floats(...) floats.
+#pragma once
+
+#include <string>
+
+#include "ops.h"
+
+namespace fastres {
+namespace cuda {
+
+struct PointwiseNorm {
+  const float *mean, *rstd, *gamma, *beta;
+};
+
+struct PointwiseFpropArgs {
+  void* y;
+  float *mean, *var, *rstd;  // of y; or null
+  const void *x, *weight;    // weight: (K, C)
+  PointwiseNorm norm;        // of x
+  bool has_norm;
+  double eps;
+  int64_t k;
+  Act act;  // of x
+};
+
+struct PointwiseFpropActArgs {
+  void* z;
+  const void *x, *weight;
+  PointwiseNorm norm;    // of the output
+  const void* residual;  // or null
+  bool relu;
+  int64_t k;
+  Act act;  // of x
+};
+
+void pointwise_fprop(const PointwiseFpropArgs& p, float* work, const Place& place);
+void pointwise_fprop_act(const PointwiseFpropActArgs& p, const Place& place);
+int64_t pointwise_fprop_floats(int64_t rows, int64_t c, int64_t k);
+
+// Empty where the kernels run on the device, otherwise why not.
+std::string pointwise_missing(int device);
+// Empty where they take these sizes (c: the reduction's and k: the columns' channels, or both).
+std::string pointwise_refuses(int64_t rows, int64_t c, int64_t k);
+
+}  // namespace cuda
+}  // namespace fastres

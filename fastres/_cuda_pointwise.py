@@ -1,0 +1,89 @@
+"""The 1x1, stride 1 convolutions of the `cuda` backend on Hopper: csrc/cuda/pointwise*.
+
+The functions of docs/kernels.md, for what `why_not` takes; fastres/_cuda.py asks it and gives the
+rest to others. Nothing is allocated but workspaces (and a copy of a weight with odd strides)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._arguments import DTYPE, ptr, sizes
+
+
+def _native():
+    from . import _cuda
+
+    return _cuda
+
+
+def missing(device: torch.device) -> str | None:
+    """None when these kernels run on the device, otherwise the reason."""
+    cuda = _native()
+    reason = cuda.why_missing()
+    if reason is None and not cuda.on_host():
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        reason = cuda._module().pointwise_missing(index) or None
+    return reason
+
+
+def why_not(x: Tensor, weight: Tensor, geometry) -> str | None:
+    """None when these kernels take the conv, otherwise the reason."""
+    if tuple(weight.shape[2:]) != (1, 1) or list(geometry) != [1, 1, 0, 0, *geometry[4:6], 1]:
+        return "not a 1x1 conv of stride 1 and one group"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {x.dtype}"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "the input is NCHW; the kernels take channels_last"
+    n, c, h, w = x.shape
+    return _native()._module().pointwise_refuses(n * h * w, c, weight.shape[0]) or None
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether every tensor starts at a multiple of 16 bytes, as the copy engine asks."""
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """The weight as a dense (K, C) matrix."""
+    return weight.reshape(weight.shape[0], -1).contiguous()
+
+
+def _vectors(norm) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if norm is None else tuple(ptr(v) for v in norm)
+
+
+def _workspace(floats: int, like: Tensor) -> Tensor:
+    return torch.empty(floats, dtype=torch.float32, device=like.device)
+
+
+def _act(x: Tensor) -> tuple[int, bool, int, int, int]:
+    """sizes(x); a tensor dense in both layouts is NHWC."""
+    return (DTYPE[x.dtype], True, *sizes(x)[2:])
+
+
+def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
+    """y = conv(x) or conv(relu(normalise(x))), and the batch statistics of y."""
+    assert shortcut is None and z is None and mask is None, "not a form of these kernels"
+    cuda = _native()
+    n, c, h, w = x.shape
+    k = y.shape[1]
+    native, weight = cuda._module(), _rows(weight)
+    work = None
+    if stats is not None:
+        work = _workspace(native.pointwise_fprop_floats(n * h * w, c, k), x)
+    rows = (None,) * 3 if stats is None else stats.unbind(0)
+    native.pointwise_fprop(
+        y.data_ptr(), *map(ptr, rows), x.data_ptr(), weight.data_ptr(), *_vectors(norm),
+        norm is not None, float(eps), k, ptr(work), *_act(x), *cuda._place(x),
+    )  # fmt: skip
+
+
+def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
+    """z = act(normalise(conv(x)) + residual)."""
+    cuda = _native()
+    weight = _rows(weight)
+    cuda._module().pointwise_fprop_act(
+        z.data_ptr(), x.data_ptr(), weight.data_ptr(), *_vectors(norm), ptr(residual), bool(relu),
+        z.shape[1], *_act(x), *cuda._place(x),
+    )  # fmt: skip
