@@ -154,6 +154,28 @@ void copy(Ptr dst, Ptr src, I64 bytes) {
                &job);
 }
 
+// running = (1 - momentum) * running + momentum * batch for (mean, var, stats, C, momentum, unbias,
+// batches) of each batch norm, in double and rounded once, as torch's batch norm does; vectors are
+// fp32, stats (3, C); *batches, an int64, counts up.
+void update_running_stats(const py::list& norms) {
+  for (const py::handle entry : norms) {
+    const auto norm = py::reinterpret_borrow<py::tuple>(entry);
+    float* mean = f32(norm[0].cast<Ptr>());
+    float* var = f32(norm[1].cast<Ptr>());
+    const float* stats = f32(norm[2].cast<Ptr>());
+    const I64 c = norm[3].cast<I64>();
+    const double momentum = norm[4].cast<double>();
+    const double unbias = norm[5].cast<double>();
+    if (const Ptr batches = norm[6].cast<Ptr>()) {
+      ++*as<int64_t>(batches);
+    }
+    for (I64 i = 0; i < c; ++i) {
+      mean[i] = static_cast<float>(momentum * stats[i] + (1 - momentum) * mean[i]);
+      var[i] = static_cast<float>(momentum * (unbias * stats[c + i]) + (1 - momentum) * var[i]);
+    }
+  }
+}
+
 std::string isa() { return kernels().isa; }
 py::object isas() { return py::str(supported_isas()).attr("split")(); }
 py::object all_isas() { return py::str(built_isas()).attr("split")(); }
@@ -177,6 +199,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd_weights", &winograd_weights, NoGil());
   m.def("winograd_fprop", &winograd_fprop, NoGil());
   m.def("winograd_wgrad", &winograd_wgrad, NoGil());
+  m.def("update_running_stats", &update_running_stats);
   m.def("copy", &copy, NoGil(), "Parallel memcpy(dst, src, bytes): the bandwidth yardstick.");
 
   m.def("isa", &isa, "The ISA in use; FASTRES_CPU_ISA forces one.");

@@ -12,6 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
+from ._members import child, tensor_of
 from .ops.bn_relu_maxpool import MAX_KERNEL
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,19 +49,6 @@ class Spec:
     def covered(self) -> tuple[tuple[str, type], ...]:
         """(path, exact type) of every child the fused forward stands in for."""
         return self._covered
-
-
-def child(module: nn.Module, path: str) -> Any:
-    """The submodule at a dotted path."""
-    direct = module._modules.get(path)  # nearly always, and every call asks
-    if direct is not None:
-        return direct
-    for name in path.split("."):
-        found = module._modules.get(name)
-        if found is None:
-            raise AttributeError(f"{type(module).__name__} has no submodule {name!r}")
-        module = found
-    return module
 
 
 # --- replaced forwards ----------------------------------------------------------------------------
@@ -109,14 +97,14 @@ def conv_obstacle(conv: nn.Conv2d, name: str) -> str | None:
         return f"{name} has padding_mode={conv.padding_mode!r}; only zero padding is fused"
     if isinstance(conv.padding, str):
         return f"{name} has padding={conv.padding!r}; only explicit padding is fused"
-    if conv.bias is not None:
+    if tensor_of(conv, "bias") is not None:
         return f"{name} has a bias; a conv bias before a batch norm is not fused"
     return None
 
 
 def bn_obstacle(bn: nn.BatchNorm2d, name: str) -> str | None:
     """Why a fused op cannot stand in for this batch norm; None when it can."""
-    if (bn.running_mean is None) != (bn.running_var is None):
+    if (tensor_of(bn, "running_mean") is None) != (tensor_of(bn, "running_var") is None):
         return f"{name} has only one of running_mean and running_var"
     return None
 
@@ -146,15 +134,21 @@ def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
     """Why module cannot run fused as it stands: a child of another type, a hook on one, another
     forward, an unfusable setting."""
     for path, kind in spec.covered():
-        try:
-            m = child(module, path)
-        except AttributeError:
-            return f"{path} is missing"
+        m = module._modules.get(path)
+        if m is None:
+            try:
+                m = child(module, path)
+            except AttributeError:
+                return f"{path} is missing"
+        own = m.__dict__
         if type(m) is not kind:
             return f"{path} is {type(m).__name__}, not {kind.__name__}"
-        if has_hooks(m):
+        if (
+            own["_forward_hooks"] or own["_forward_pre_hooks"]
+            or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        ):  # fmt: skip
             return f"{path} has a hook, which needs the unfused tensors"
-        if "forward" in m.__dict__:
+        if "forward" in own:
             return f"{path} has another forward of its own"
         if replaced(kind, "forward"):
             return f"{kind.__name__}.forward was replaced"

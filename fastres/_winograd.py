@@ -68,9 +68,24 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
         what == "wgrad" or min(c, k) < 64 or max(c, k) > 128 or tiles < 192 or _matrix_unit()
     ):
         return "bf16 multiplies faster directly"
-    if os.environ.get("FASTRES_WINOGRAD", "1") == "0":
-        return "FASTRES_WINOGRAD=0"
-    return _native.why_missing()
+    return switched_off() or _native.why_missing()
+
+
+def switched_off() -> str | None:
+    return "FASTRES_WINOGRAD=0" if os.environ.get("FASTRES_WINOGRAD", "1") == "0" else None
+
+
+@functools.lru_cache(1024)
+def _runs(what, shape, dtype, k, geometry, taps) -> bool:
+    return why_not(what, shape, dtype, k, geometry, taps) is None
+
+
+def runs(
+    what: str, shape: tuple[int, ...], dtype: torch.dtype, k: int, geometry: tuple[int, ...],
+    taps: tuple[int, ...],
+) -> bool:  # fmt: skip
+    """Whether why_not(...) is None, remembered: every conv of a step asks."""
+    return switched_off() is None and _runs(what, shape, dtype, k, geometry, taps)
 
 
 @functools.cache

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from . import _winograd, counters
 from ._layout import is_nhwc
+from ._members import tensor_of
 
 # (dtype, input shape) variants of one module that are packed. oneDNN chooses its weight layout by
 # the input's shape, and running on another one's costs up to 100x; a server that batches 1 to 8
@@ -207,24 +208,14 @@ def _winograd_runs(c: nn.Conv2d, shape: Shape, dtype: torch.dtype) -> bool:
     return why is None
 
 
-def _get(m: nn.Module, name: str) -> Tensor | None:
-    """m's tensor `name`, without the 0.5 us of nn.Module.__getattr__."""
-    own = m.__dict__
-    if name in own:
-        return own[name]
-    if name in own["_parameters"]:
-        return own["_parameters"][name]
-    return own["_buffers"][name] if name in own["_buffers"] else getattr(m, name)
-
-
 def _sources_of(pairs: Sequence[Pair]) -> tuple[list[Tensor | None], list[Any]]:
     """The tensors that folding reads, and the settings."""
     tensors: list[Tensor | None] = []
     settings: list[Any] = []
     for c, bn in pairs:
         tensors += (
-            _get(c, "weight"), _get(bn, "weight"), _get(bn, "bias"),
-            _get(bn, "running_mean"), _get(bn, "running_var"),
+            tensor_of(c, "weight"), tensor_of(bn, "weight"), tensor_of(bn, "bias"),
+            tensor_of(bn, "running_mean"), tensor_of(bn, "running_var"),
         )  # fmt: skip
         settings += (c.stride, c.padding, c.dilation, c.groups, bn.eps)
     return tensors, settings

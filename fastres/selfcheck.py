@@ -305,7 +305,7 @@ def obstacle(x: Tensor, family: str) -> str | None:
     if x.dtype == torch.float64 or not ENABLED:
         return None
     try:
-        name, _ = backends.choose(x.device, x.dtype)
+        name: str = backends.select(x).NAME
     except backends.BackendError:
         return None  # the op says so itself
     key = (name, x.device, family, x.dtype)

@@ -216,6 +216,33 @@ def test_running_statistics_match_torch_bit_by_bit_up_to_rounding() -> None:
         torch.testing.assert_close(ours[1], var, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("tracked", ["fp32", "fp64", "strided", "inference", "average", "no count"])
+def test_running_statistics_of_every_kind_of_tensor(tracked: str) -> None:
+    """In one call of C++ where that takes them, by single ops elsewhere: the same values, and the
+    same in-place change for those who watch version counters."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 6, 5, 5, generator=g)
+    with torch.inference_mode(tracked == "inference"):
+        mean, var = torch.randn(12, generator=g), torch.rand(12, generator=g)
+        mean, var = (t[::2] if tracked == "strided" else t[:6].clone() for t in (mean, var))
+        count = None if tracked == "no count" else torch.tensor(3)
+    if tracked == "fp64":
+        mean, var = mean.double(), var.double()
+    momentum = None if tracked == "average" else 0.3
+    m = 1 / 4 if momentum is None else momentum
+    batch_var, batch_mean = torch.var_mean(x.double(), (0, 2, 3), correction=1)
+    expected = (1 - m) * mean.double() + m * batch_mean, (1 - m) * var.double() + m * batch_var
+    before = [t._version for t in (mean, var) if not t.is_inference()]
+    with torch.inference_mode(tracked == "inference"):
+        ops.bn_relu(x, BatchNorm(None, None, mean, var, True, momentum, batches=count))
+    torch.testing.assert_close(mean.double(), expected[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(var.double(), expected[1], rtol=1e-6, atol=1e-7)
+    assert count is None or count == 4
+    assert tracked == "inference" or all(
+        t._version > v for t, v in zip((mean, var), before, strict=True)
+    )
+
+
 def test_another_layout_is_copied_and_counted() -> None:
     from fastres import counters
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres._layout import is_nhwc
+from fastres._members import tensor_of
 
 
 class Conv(NamedTuple):
@@ -26,7 +27,7 @@ class Conv(NamedTuple):
     def of(m: nn.Conv2d) -> Conv:
         assert not isinstance(m.padding, str)
         geometry: tuple = (m.stride, m.padding, m.dilation, m.groups)
-        return Conv(m.weight, m.bias, *geometry)
+        return Conv(tensor_of(m, "weight"), tensor_of(m, "bias"), *geometry)
 
     def geometry(self) -> list[int]:
         """[stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups]"""
@@ -54,17 +55,18 @@ class BatchNorm(NamedTuple):
     @staticmethod
     def of(m: nn.BatchNorm2d) -> BatchNorm:
         """The batch norm a module stands for at this moment."""
-        batch_stats = m.training or (m.running_mean is None and m.running_var is None)
+        mean, var = tensor_of(m, "running_mean"), tensor_of(m, "running_var")
+        batch_stats = m.training or (mean is None and var is None)
         tracked = not m.training or m.track_running_stats
         return BatchNorm(
-            m.weight,
-            m.bias,
-            m.running_mean if tracked else None,
-            m.running_var if tracked else None,
+            tensor_of(m, "weight"),
+            tensor_of(m, "bias"),
+            mean if tracked else None,
+            var if tracked else None,
             batch_stats,
             m.momentum,
             m.eps,
-            m.num_batches_tracked if m.training and m.track_running_stats else None,
+            tensor_of(m, "num_batches_tracked") if m.training and m.track_running_stats else None,
         )
 
     def affine(self, channels: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,17 +137,15 @@ def conv_out_shape(op: str, x_shape: tuple[int, ...], conv: Conv) -> tuple[int, 
             f"groups={conv.groups} "
             f"takes {weight.shape[1] * conv.groups}"
         )
-    out = []
-    for size, k, s, p, d in zip(
-        (h, w), weight.shape[2:], conv.stride, conv.padding, conv.dilation, strict=True
-    ):
-        out.append((size + 2 * p - d * (k - 1) - 1) // s + 1)
-    if min(out) < 1:
+    k, _, r, s = weight.shape
+    (sh, sw), (ph, pw), (dh, dw) = conv.stride, conv.padding, conv.dilation
+    oh, ow = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1, (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
+    if oh < 1 or ow < 1:
         raise ValueError(
-            f"{op}: input {h}x{w} is too small for a {weight.shape[2]}x{weight.shape[3]} conv with "
+            f"{op}: input {h}x{w} is too small for a {r}x{s} conv with "
             f"stride {conv.stride}, padding {conv.padding}, dilation {conv.dilation}"
         )
-    return n, weight.shape[0], out[0], out[1]
+    return n, k, oh, ow
 
 
 def check_conv(op: str, x: Tensor, conv: Conv) -> None:
@@ -160,25 +160,22 @@ def check_conv(op: str, x: Tensor, conv: Conv) -> None:
         )
 
 
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+
+
 def check_bn(op: str, shape: tuple[int, ...], x: Tensor, bn: BatchNorm, name: str = "bn") -> None:
     """The vectors of bn have `shape[1]` elements on x's device, and there is something to normalise
     by."""
-    channels = shape[1]
-    vectors = {
-        "weight": bn.weight,
-        "bias": bn.bias,
-        "running_mean": bn.running_mean,
-        "running_var": bn.running_var,
-    }
-    for field, t in vectors.items():
+    channels, device = shape[1], x.device
+    for field, t in zip(_VECTORS, (bn.weight, bn.bias, bn.running_mean, bn.running_var)):  # noqa: B905
         if t is None:
             continue
-        if t.dim() != 1 or t.shape[0] != channels:
+        if t.shape != (channels,):
             raise ValueError(
                 f"{op}: {name}.{field} must have shape ({channels},), one value a channel, got "
                 f"{_shape(t)}"
             )
-        if t.device != x.device:
+        if t.device != device:
             raise ValueError(
                 f"{op}: {name}.{field} is on {t.device}, but x is on {x.device}; move one of them"
             )

@@ -39,6 +39,7 @@ from ._units import (
     bn_statistics,
     cast,
     conv_fwd,
+    conv_weight,
     dense,
     in_format,
     normalise,
@@ -202,8 +203,9 @@ def weight_like(weight: Tensor) -> Tensor:
 
 
 class Forward:
-    """One forward pass; ys, stats, zs and masks fill up as it goes. fixed: the norms on running
-    statistics, where they are known beforehand."""
+    """One forward pass; ys, stats, zs and masks fill up as it goes, and `used` with the weights in
+    the dtype they ran in. fixed: the norms on running statistics, where they are known
+    beforehand."""
 
     def __init__(
         self, x, weights, gammas, betas, running_means, running_vars, stage, save, fixed=None
@@ -215,6 +217,7 @@ class Forward:
         self.stage, self.save = stage, save
         self.fixed: list[Norm | None] = [None] * len(weights) if fixed is None else fixed
         count = len(weights)
+        self.used: list[Tensor] = list(weights)
         self.ys: list[Tensor] = [x] * count
         self.stats: list[Tensor] = [x] * count
         self.zs: list[Tensor] = []
@@ -268,11 +271,13 @@ class Forward:
         if not fused:
             h = fused_source
             assert isinstance(h, Tensor)
-            y = conv_fwd(h, self.weights[i], None, geometry, training)
+            weight = self.used[i] = conv_weight(h, self.weights[i], geometry, training)
+            y = conv_fwd(h, weight, None, geometry, training)
             y = vendor_output(y, h, self.rung.conv)
             stats = bn_statistics(y, True, *running, eps) if training else None
             return Pending(y, self.norm(i, y, stats)), h
-        weight = kernel_weight(self.weights[i], raw)
+        self.used[i] = cast(self.weights[i], raw)
+        weight = kernel_weight(self.used[i], raw)
         y = conv_output(raw, weight, geometry)
         stats = alloc_stats(y) if training else None
         h, norm, shortcut, z, mask = raw, None, None, None, None
@@ -349,15 +354,27 @@ def _pointwise(weight: Tensor, geometry: list[int]) -> bool:
 
 
 def forward(
-    x, weights, gammas, betas, running_means, running_vars, stage: Stage, save: bool, fixed=None
+    x,
+    weights,
+    gammas,
+    betas,
+    running_means,
+    running_vars,
+    stage: Stage,
+    save: bool,
+    fixed=None,
+    used: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """(z, the outputs of all blocks but the last, masks, ys, stats); what a backward needs only
-    when `save`. fixed: a norm for each unit on running statistics, or None (see ._fixed)."""
+    when `save`. fixed: a norm for each unit on running statistics, or None (see ._fixed). used:
+    takes up the weights in the dtype they ran in, which a backward can do with as well."""
     x = dense(x, "residual_block")
     run = Forward(x, weights, gammas, betas, running_means, running_vars, stage, save, fixed)
     if run.rung.conv and not save and not any(stage.training):
         return run.infer(x), [], [], [], run.stats
     z = run.run(x)
+    if used is not None:
+        used += run.used
     if save:
         return z, run.zs[:-1], run.masks, run.ys, run.stats
     return z, [], [], [], run.stats

@@ -25,22 +25,16 @@ class Shortcut(NamedTuple):
     norm: Norm | None = None
 
 
-class Norm(NamedTuple):
+class Norm:
     """A batch norm ready to apply: statistics (3, C), gamma, beta in the statistics' dtype.
 
     A backward under a saved mask needs no beta."""
 
-    stats: Tensor
-    gamma: Tensor
-    beta: Tensor | None = None
+    __slots__ = ("beta", "gamma", "mean", "rstd", "stats")
 
-    @property
-    def mean(self) -> Tensor:
-        return self.stats[0]
-
-    @property
-    def rstd(self) -> Tensor:
-        return self.stats[2]
+    def __init__(self, stats: Tensor, gamma: Tensor, beta: Tensor | None = None) -> None:
+        self.stats, self.gamma, self.beta = stats, gamma, beta
+        self.mean, _, self.rstd = stats.unbind(0)  # once: both passes ask for them
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
@@ -106,7 +100,19 @@ def _winograd_runs(
     if not is_nhwc(x) or weight.dtype not in (x.dtype, torch.float32):
         return False
     k, _, *taps = weight.shape
+    if type(x) is Tensor:  # sizes are plain numbers
+        return _winograd.runs(what, x.shape, x.dtype, k, tuple(geometry), tuple(taps))
     return _winograd.why_not(what, x.shape, x.dtype, k, geometry, taps) is None
+
+
+def conv_weight(
+    x: Tensor, weight: Tensor, geometry: list[int], batch_statistics: bool = False
+) -> Tensor:
+    """The weight as `conv_fwd` reads it, for a caller that keeps it for the backward: in x's dtype
+    unless Winograd's algorithm takes it as it is."""
+    if weight.dtype == x.dtype or _winograd_runs("fprop", x, weight, geometry, batch_statistics):
+        return weight
+    return weight.to(x.dtype)
 
 
 def conv_fwd(
@@ -123,7 +129,7 @@ def conv_fwd(
     if bias is None and _winograd_runs("fprop", x, weight, geometry, batch_statistics):
         return _winograd.fprop(x, weight, ph)
     bias = None if bias is None else cast(bias, x)
-    return torch.ops.aten.convolution.default(
+    return torch.convolution(
         x, cast(weight, x), bias, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups
     )
 
@@ -152,7 +158,9 @@ def conv_bwd(
         )  # fmt: skip
         grad_x = vendor_x if need_dx else grad_x
         grad_w = vendor_w if need_dw else grad_w
-    return grad_x, None if grad_w is None else grad_w.to(weight.dtype)
+    if grad_w is not None and grad_w.dtype != weight.dtype:
+        grad_w = grad_w.to(weight.dtype)
+    return grad_x, grad_w
 
 
 def bn_statistics(
@@ -161,7 +169,7 @@ def bn_statistics(
     """Statistics (3, C) to normalise x by: the batch's, or the running ones."""
     stats = alloc_stats(x)
     if training:
-        backends.select(x).bn_stats(stats[0], stats[1], stats[2], x, eps)
+        backends.select(x).bn_stats(*stats.unbind(0), x, eps)
     else:
         running_statistics(stats, running_mean, running_var, eps)
     return stats

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastres import _native
+
 from ._args import BatchNorm
 from ._library import define, plain_eager
 
@@ -44,6 +46,8 @@ define(
 def update_running_stats(bns: list[BatchNorm], stats: list[Tensor], counts: list[int]) -> None:
     """Count the batch and update the running statistics of those batch norms that are training and
     have some."""
+    if _update_on_cpu(bns, stats, counts):
+        return
     due = []
     for bn, st, m in zip(bns, stats, counts, strict=True):
         if bn.batches is not None:
@@ -61,6 +65,42 @@ def update_running_stats(bns: list[BatchNorm], stats: list[Tensor], counts: list
                 _update_running_stats(*columns)
         else:
             torch.ops.fastres.update_running_stats(*columns)
+
+
+def _update_on_cpu(bns: list[BatchNorm], stats: list[Tensor], counts: list[int]) -> bool:
+    """All of it in one call of C++, a tenth of the host time of single ops; False, with nothing
+    done, where some tensor is not what that takes."""
+    if not plain_eager(*stats) or not stats[0].is_cpu or _native.why_missing() is not None:
+        return False
+    entries, touched = [], []
+    for bn, st, m in zip(bns, stats, counts, strict=True):
+        mean, var, batches = bn.running_mean, bn.running_var, bn.batches
+        if not bn.training or mean is None or var is None:
+            if batches is not None:
+                return False
+            continue
+        if bn.momentum is None or not (_plain_fp32(mean) and _plain_fp32(var) and _plain_fp32(st)):
+            return False
+        count = 0
+        if batches is not None:
+            if batches.dtype != torch.int64 or not batches.is_cpu:
+                return False
+            touched.append(batches)
+            count = batches.data_ptr()
+        touched += [mean, var]
+        entries.append((
+            mean.data_ptr(), var.data_ptr(), st.data_ptr(), mean.shape[0], bn.momentum,
+            m / (m - 1) if m > 1 else 1.0, count,
+        ))  # fmt: skip
+    if any([type(t) is not Tensor or t.is_inference() for t in touched]):
+        return False
+    _native.module().update_running_stats(entries)
+    torch.autograd.graph.increment_version(touched)
+    return True
+
+
+def _plain_fp32(t: Tensor) -> bool:
+    return t.dtype == torch.float32 and t.is_cpu and t.is_contiguous()
 
 
 @torch.no_grad()
