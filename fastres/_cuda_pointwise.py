@@ -87,3 +87,49 @@ def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
         z.data_ptr(), x.data_ptr(), weight.data_ptr(), *_vectors(norm), ptr(residual), bool(relu),
         z.shape[1], *_act(x), *cuda._place(x),
     )  # fmt: skip
+
+
+def _gradient(bn) -> tuple[tuple[int, ...], bool, bool]:
+    """Pointers of the batch norm behind the conv; whether there is one; whether in training."""
+    if bn is None:
+        return (0,) * 6, False, False
+    tensors = (bn.y, bn.norm.mean, bn.norm.rstd, bn.norm.gamma, bn.dgamma, bn.dbeta)
+    return tuple(map(ptr, tensors)), True, bool(bn.training)
+
+
+def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
+    """dx = gate(dgrad(dy) + gate(dres)), and the sums of the batch norm before."""
+    cuda = _native()
+    native, weight = cuda._module(), _rows(weight)
+    n, c, h, w = dx.shape
+    k = weight.shape[0]
+    outputs, before, dual = [0] * 3, [0] * 6, [0] * 3
+    work = None
+    if prev is not None:
+        outputs = [ptr(sums.dgamma), ptr(sums.dbeta), 0]
+        before = [ptr(prev.y), ptr(prev.mask), *_vectors(prev.norm)]
+        if prev.shortcut is not None and prev.shortcut.norm is not None:
+            other, norm = prev.shortcut
+            outputs[2] = ptr(sums.res_dgamma)
+            dual = [ptr(other), ptr(norm.mean), ptr(norm.rstd)]
+        parts = 3 if dual[0] else 2
+        work = _workspace(native.pointwise_dgrad_floats(n * h * w, c, k, parts), dx)
+    native.pointwise_dgrad(
+        dx.data_ptr(), outputs, g.dz.data_ptr(), ptr(g.mask), weight.data_ptr(), *_gradient(bn),
+        *((0, 0) if dres is None else (ptr(dres.dz), ptr(dres.mask))), before, dual, k, ptr(work),
+        *_act(dx), *cuda._place(dx),
+    )  # fmt: skip
+
+
+def conv_wgrad(dw, g, x, geometry, bn, norm):
+    """dw = sum over pixels of dy * h, h = x or relu(normalise(x))."""
+    cuda = _native()
+    native = cuda._module()
+    n, c, h, w = x.shape
+    k = dw.shape[0]
+    work = _workspace(native.pointwise_wgrad_floats(n * h * w, c, k), x)
+    native.pointwise_wgrad(
+        dw.data_ptr(), dw.stride(0), dw.stride(1), g.dz.data_ptr(), ptr(g.mask), x.data_ptr(),
+        *_gradient(bn), _vectors(norm), norm is not None, k, work.data_ptr(),
+        *_act(x), *cuda._place(x),
+    )  # fmt: skip

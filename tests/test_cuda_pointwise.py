@@ -12,18 +12,26 @@ import pytest
 import torch
 from common import DTYPES, assert_same_bits, backend
 from test_conv import (
+    FORMS,
     Layer,
+    Random,
     _act,
+    _dgrad,
     _fprop,
+    _wgrad,
     check,
     empty,
     fprop_case,
+    gradient_case,
+    gradient_outputs,
     poison,  # noqa: F401 (a fixture of every test here)
+    previous_of,
+    residual_of,
 )
 
 from fastres import _cuda_pointwise as pointwise
 from fastres import _reference_backend as reference
-from fastres._contract import Normalise
+from fastres._contract import Gradient, Normalise, NormGradient
 
 if not cuda_host.wanted():
     if not torch.cuda.is_available():
@@ -46,6 +54,7 @@ LAYERS = {
     "few": layer(1, 8, 1, 3, 8),
     "odd": layer(1, 136, 7, 7, 72),
     "tiles": layer(3, 72, 11, 13, 24),
+    "back": layer(3, 24, 11, 13, 72),
     "wide": layer(2, 40, 9, 10, 136),
     "deep": layer(1, 328, 5, 5, 264),
 }
@@ -95,8 +104,6 @@ def test_fprop_without_statistics(cuda, layer, dtype):
 @pytest.mark.parametrize("residual, relu", [(True, True), (False, True), (False, False)])
 @layers((*FEW, "wide"))
 def test_fprop_act(cuda, layer, dtype, residual, relu):
-    from test_conv import Random
-
     _, (x, w, geometry, _) = fprop_case(layer, dtype, False)
     random = Random(dtype, "act", layer)
     res = random.activation(*layer.out) if residual else None
@@ -157,6 +164,92 @@ def test_weights_of_any_strides(cuda):
     check(cuda, dtype, outputs, _fprop, x, turned, geometry, norm)
 
 
+# --- dgrad, wgrad ---------------------------------------------------------------------------------
+
+# Beside test_conv's: bits without a batch norm; a batch norm in training whose g is gated, with all
+# of the epilogue; frozen, its gate recomputed.
+MORE_FORMS = [
+    *FORMS,
+    ("none", True, "plain", "none"),
+    ("bn", True, "mask", "dual"),
+    ("frozen", False, "none", "recompute"),
+]
+
+
+@pytest.mark.parametrize("form", MORE_FORMS, ids=lambda f: "-".join(map(str, f)))
+@layers(("few", "back", "deep"))
+def test_dgrad(cuda, layer, dtype, form):
+    mode, masked, residual, previous = form
+    random, x, w, g, bn = gradient_case(layer, dtype, mode, masked)
+    dres, prev = residual_of(random, x, residual), previous_of(random, x, previous)
+    outputs = gradient_outputs(x, previous)
+    check(cuda, dtype, outputs, _dgrad, g, w, layer.geometry, bn, dres, prev)
+
+
+@pytest.mark.parametrize("mode, masked, norm", [
+    ("none", False, False), ("none", False, True), ("none", True, True), ("bn", False, True),
+    ("bn", True, True), ("bn", True, False), ("frozen", True, False), ("frozen", False, True),
+], ids=str)  # fmt: skip
+@layers(("few", "odd", "tiles", "deep"))
+def test_wgrad(cuda, layer, dtype, mode, masked, norm):
+    random, x, w, g, bn = gradient_case(layer, dtype, mode, masked)
+    affine = random.norm(layer.c) if norm else None
+    outputs = {"dw": tuple(w.shape)}
+    check(cuda, dtype, outputs, _wgrad, g, x, layer.geometry, bn, affine)
+
+
+@layers(("tiles",))
+def test_wgrad_writes_the_weights_own_strides(cuda, layer, dtype):
+    _, x, w, g, _ = gradient_case(layer, dtype, "none", False)
+    dw = torch.empty_like(w).transpose(0, 1).contiguous().transpose(0, 1)
+    want = torch.empty_like(w)
+    cuda.conv_wgrad(dw, g, x, layer.geometry, None, None)
+    cuda.conv_wgrad(want, g, x, layer.geometry, None, None)
+    assert dw.stride() != want.stride()
+    assert_same_bits("dw", dw.contiguous(), want)
+
+
+@layers(("tiles",))
+def test_the_backward_is_deterministic(cuda, layer, dtype):
+    random, x, w, g, bn = gradient_case(layer, dtype, "bn", True)
+    dres, prev = residual_of(random, x, "mask"), previous_of(random, x, "dual")
+    norm = random.norm(layer.c)
+
+    def run():
+        shapes = {**gradient_outputs(x, "dual"), "dw": tuple(w.shape)}
+        out = {k: empty(v, dtype) for k, v in shapes.items()}
+        _dgrad(cuda, out, g, w, layer.geometry, bn, dres, prev)
+        _wgrad(cuda, out, g, x, layer.geometry, bn, norm)
+        return out
+
+    same_in_every_order(run)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@layers(("tiles",))
+def test_the_backward_propagates_nan_and_inf(cuda, layer, dtype, value):
+    """From dz where its bit is 1; a gated one, and y behind a frozen batch norm, do no harm."""
+    random, x, w, g, _ = gradient_case(layer, dtype, "none", True)
+    mask = torch.full_like(g.mask, 0xFF)
+    pixel = (1 * layer.h + 4) * layer.w + 5
+    g.dz[1, 3, 4, 5] = value
+    g.dz[2, 9, 0, 0] = value
+    mask[2 * layer.h * layer.w, 1] &= 0xFD  # channel 9 of that pixel
+    pixel = 1 * layer.h * layer.w + 4 * layer.w + 5
+    dx, dw = empty(x.shape, dtype), torch.empty_like(w)
+    cuda.conv_dgrad(dx, None, Gradient(g.dz, mask), w, layer.geometry, None, None, None)
+    bad = ~torch.isfinite(dx.permute(0, 2, 3, 1).reshape(-1, layer.c))
+    assert bad[pixel].all() and bad.sum() == layer.c
+    frozen = NormGradient(
+        torch.full_like(g.dz, value), random.norm(layer.k), torch.ones(layer.k),
+        torch.ones(layer.k), False,
+    )  # fmt: skip
+    for bn in (None, frozen):
+        cuda.conv_wgrad(dw, Gradient(g.dz, mask), x, layer.geometry, bn, None)
+        bad = ~torch.isfinite(dw[:, :, 0, 0])
+        assert bad[3].all() and bad.sum() == layer.c
+
+
 # --- kernels broken on purpose: the host shim must catch it ---------------------------------------
 
 # What the shim says when a primitive is left out of a kernel, or wrong in it (shim::Fault, by
@@ -166,9 +259,10 @@ FAULTS = {
     "no wait for a full stage": (1, EARLY),
     "no wait for a free stage": (2, "copied to (with no barrier|while a copy)|more arrivals"),
     "wrong parity": (3, f"deadlock|{EARLY}|copied to"),
-    "fewer bytes expected": (4, "is read while a copy|expects bytes|deadlock"),
+    "fewer bytes expected": (4, f"{EARLY}|expects bytes|deadlock"),
     "no arrival at a free stage": (5, "deadlock: .* waits at an mbarrier"),
     "no fence behind mbarrier.init": (6, "a copy before the fence behind mbarrier.init"),
+    "no fence.proxy.async": (7, "with no fence.proxy.async since"),
     "no wgmma.fence": (8, "wgmma with no wgmma.fence"),
     "no wait for wgmma": (9, "in flight|before a wgmma was waited for|race"),
     "no __syncwarp": (10, "race: .* with no barrier between"),
@@ -179,19 +273,35 @@ FAULTS = {
 
 
 @pytest.mark.skipif(not cuda_host.wanted(), reason="a GPU runs the kernels as they are")
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_broken_kernels_are_caught(cuda, fault, order):
-    """conv_fprop whose ring turns round several times, with each fault in turn."""
+@pytest.mark.parametrize(
+    "fault, op",
+    [(f, op) for f in FAULTS for op in ("fprop", "dgrad", "wgrad")
+     if not (f == "no fence.proxy.async" and op != "wgrad")
+     and not (f == "no __syncwarp" and op == "wgrad")],
+)  # fmt: skip
+def test_broken_kernels_are_caught(cuda, fault, op):
+    """Kernels whose rings turn round several times, with each fault in turn, in several orders."""
     number, message = FAULTS[fault]
-    outputs, inputs = fprop_case(LAYERS["tiles"], torch.bfloat16, True)
-    cuda_host.set_order(order)
-    cuda_host.module().set_fault(number)
-    try:
-        with pytest.raises(RuntimeError if message else AssertionError, match=message):
-            check(cuda, torch.bfloat16, outputs, _fprop, *inputs)
-    finally:
-        cuda_host.module().set_fault(0)
+    dtype = torch.bfloat16
+    this = LAYERS["back" if op == "dgrad" else "tiles"]
+    outputs, inputs = fprop_case(this, dtype, True)
+    call = _fprop
+    if op != "fprop":
+        random, x, w, g, bn = gradient_case(this, dtype, "bn", True)
+        outputs, inputs, call = gradient_outputs(x, "dual"), (g, w, this.geometry, bn), _dgrad
+        inputs = (*inputs, residual_of(random, x, "mask"), previous_of(random, x, "dual"))
+    if op == "wgrad":
+        outputs, inputs = {"dw": tuple(w.shape)}, (g, x, this.geometry, bn, random.norm(this.c))
+        call = _wgrad
+    check(cuda, dtype, outputs, call, *inputs)
+    for order in (0, 1, 2):
+        cuda_host.set_order(order)
+        cuda_host.module().set_fault(number)
+        try:
+            with pytest.raises(RuntimeError if message else AssertionError, match=message):
+                check(cuda, dtype, outputs, call, *inputs)
+        finally:
+            cuda_host.module().set_fault(0)
 
 
 # --- refusals -------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ FASTRES_DEVICE constexpr uint32_t swizzle128(uint32_t at) { return at ^ ((at >> 
 FASTRES_DEVICE uint32_t dynamic_shared() { return shim::dynamic_shared(); }
 FASTRES_DEVICE void store_shared(uint32_t at, float v) { shim::store_shared(at, &v, 4); }
 FASTRES_DEVICE void store_shared(uint32_t at, float2 v) { shim::store_shared(at, &v, 8); }
+FASTRES_DEVICE void store_shared(uint32_t at, uint2 v) { shim::store_shared(at, &v, 8); }
 FASTRES_DEVICE void store_shared(uint32_t at, uint4 v) { shim::store_shared(at, &v, 16); }
-FASTRES_DEVICE void store_shared(uint32_t at, uint8_t v) { shim::store_shared(at, &v, 1); }
 template <class V>
 FASTRES_DEVICE V load_shared(uint32_t at) {
   V v;
@@ -87,6 +87,8 @@ template <int REGISTERS>
 FASTRES_DEVICE void give_registers() {
   shim::set_registers(REGISTERS);
 }
+template <class V, int COUNT>
+FASTRES_DEVICE void settle(V (&)[COUNT]) {}
 template <class T>
 FASTRES_DEVICE uint32_t narrow2_relu(float lo, float hi, T t) {
   return narrow2(lo <= 0.0f ? 0.0f : lo, hi <= 0.0f ? 0.0f : hi, t);
@@ -106,13 +108,13 @@ FASTRES_DEVICE void store_shared(uint32_t at, float v) {
 FASTRES_DEVICE void store_shared(uint32_t at, float2 v) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(v.x), "f"(v.y) : "memory");
 }
+FASTRES_DEVICE void store_shared(uint32_t at, uint2 v) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory");
+}
 FASTRES_DEVICE void store_shared(uint32_t at, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
-}
-FASTRES_DEVICE void store_shared(uint32_t at, uint8_t v) {
-  asm volatile("st.shared.u8 [%0], %1;" ::"r"(at), "r"(static_cast<uint32_t>(v)) : "memory");
 }
 template <class V>
 FASTRES_DEVICE V load_shared(uint32_t at);
@@ -153,10 +155,10 @@ FASTRES_DEVICE uint2 load_shared<uint2>(uint32_t at) {
   return v;
 }
 template <>
-FASTRES_DEVICE uint8_t load_shared<uint8_t>(uint32_t at) {
-  uint32_t v;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
-  return static_cast<uint8_t>(v);
+FASTRES_DEVICE uint16_t load_shared<uint16_t>(uint32_t at) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+  return v;
 }
 
 // --- mbarriers (9.7.13.15): a phase ends when `count` threads have arrived and as many bytes have
@@ -264,6 +266,19 @@ FASTRES_DEVICE void wgmma_commit() {
 template <int PENDING>
 FASTRES_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// What was computed into v so far is in registers here: the compiler may move neither the
+// computation of a fragment behind the fence, nor the use of an accumulator before the wait.
+template <int COUNT>
+FASTRES_DEVICE void settle(uint32_t (&v)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(v[i])::"memory");
+}
+template <int COUNT>
+FASTRES_DEVICE void settle(float (&v)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(v[i])::"memory");
 }
 
 // clang-format off

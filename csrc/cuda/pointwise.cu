@@ -30,51 +30,56 @@ int tile_columns(int64_t width, int most) {
   return n;
 }
 
-Schedule schedule(int64_t rows, int64_t length, int64_t width, int n, const Needs& needs) {
+int64_t blocks() { return kBlocks; }
+
+Schedule shared_memory(int steps, int n, const Needs& needs) {
   Schedule s{};
+  s.steps = steps;
+  // 1. what is there once
+  const int staging = needs.staging ? kConsumers / 32 * kStagingBytes : 0;
+  const int row_table = 4 * needs.row_planes * steps * kTileChannels;
+  const int column_table = 4 * needs.column_planes * n;
+  constexpr int kCounts = 64;
+  const int once = staging + row_table + column_table + kCounts + 8 * (2 * kStagesMost + 1);
+  const int weights = n * kSwizzleBytes;  // of a step
+  const int64_t all = static_cast<int64_t>(weights) * steps;
+  // 2. a stage, and whether the weights are part of it
+  const int tiles = kTileBytes * (needs.y ? 2 : 1);
+  const auto fit = [&](int stage, int64_t more) { return (kMostShared - once - more) / stage; };
+  s.resident = all > 0 && fit(tiles + needs.bits, all) >= (needs.y ? 2 : kStagesWanted);
+  s.y = kTileBytes;
+  s.bits = static_cast<uint32_t>(tiles + (s.resident ? 0 : weights));
+  s.stage_bytes = static_cast<int>(s.bits) + needs.bits;
+  const int64_t stages = fit(s.stage_bytes, s.resident ? all : 0);
+  s.stages = static_cast<int>(stages > kStagesMost ? kStagesMost : stages);
+  // 3. offsets
+  auto at = static_cast<uint32_t>(s.stages * s.stage_bytes);
+  s.weights = s.resident ? at : static_cast<uint32_t>(tiles);
+  if (s.resident) at += static_cast<uint32_t>(all);
+  s.staging = at;
+  s.row_table = s.staging + static_cast<uint32_t>(staging);
+  s.column_table = s.row_table + static_cast<uint32_t>(row_table);
+  s.counts = s.column_table + static_cast<uint32_t>(column_table);
+  s.barriers = s.counts + kCounts;
+  s.bytes = s.barriers + static_cast<uint32_t>(8 * (2 * s.stages + 1));
+  return s;
+}
+
+Schedule schedule(int64_t rows, int64_t length, int64_t width, int n, const Needs& needs) {
+  Schedule s = shared_memory(static_cast<int>(ceil_div(length, kTileChannels)), n, needs);
   s.rows = rows;
   s.columns = static_cast<int>(ceil_div(width, n));
-  s.steps = static_cast<int>(ceil_div(length, kTileChannels));
-  // 1. chunks: as many blocks as SMs, a multiple of the columns' tiles
+  // as many blocks as SMs, a multiple of the columns' tiles
   const int64_t tiles = ceil_div(rows, kTileRows);
   const int64_t chunks = kBlocks / s.columns < 1 ? 1 : kBlocks / s.columns;
   s.tiles = ceil_div(tiles, chunks);
   s.chunks = ceil_div(tiles, s.tiles);
-  // 2. shared memory: what is there once, then the ring
-  const int weights = n * kSwizzleBytes;  // of a step
-  int fixed = kConsumers / 32 * kStagingBytes;
-  fixed += 4 * (needs.row_planes * s.steps * kTileChannels + needs.column_planes * n);
-  fixed += 64 + 8 * (2 * kStagesMost + 1);  // counts, barriers
-  int tile = kTileBytes * (needs.y ? 2 : 1);
-  s.y = kTileBytes;
-  const auto fit = [&](int stage, int64_t once) {
-    return static_cast<int>((kMostShared - fixed - once) / stage);
-  };
-  const int64_t all = static_cast<int64_t>(weights) * s.steps;
-  s.resident = all < kMostShared && fit(tile + needs.bits, all) >= (needs.y ? 2 : kStagesWanted);
-  if (!s.resident) {
-    s.weights = static_cast<uint32_t>(tile);
-    tile += weights;
-  }
-  s.bits = static_cast<uint32_t>(tile);
-  s.stage_bytes = tile + needs.bits;
-  s.stages = fit(s.stage_bytes, s.resident ? all : 0);
-  s.stages = s.stages > kStagesMost ? kStagesMost : s.stages;
-  uint32_t at = static_cast<uint32_t>(s.stages * s.stage_bytes);
-  if (s.resident) {
-    s.weights = at;
-    at += static_cast<uint32_t>(all);
-  }
-  s.staging = at;
-  at += kConsumers / 32 * kStagingBytes;
-  s.row_table = at;
-  at += static_cast<uint32_t>(4 * needs.row_planes * s.steps * kTileChannels);
-  s.column_table = at;
-  at += static_cast<uint32_t>(4 * needs.column_planes * n);
-  s.counts = at;
-  s.barriers = at + 64;
-  s.bytes = s.barriers + static_cast<uint32_t>(8 * (2 * s.stages + 1));
   return s;
+}
+
+NormBackward norm_backward(const PointwiseNormGradient& bn, bool on, int64_t rows) {
+  const auto inverse_count = static_cast<float>(1.0 / static_cast<double>(rows));
+  return {bn.mean, bn.rstd, bn.gamma, bn.dgamma, bn.dbeta, inverse_count, on, bn.training};
 }
 
 std::string pointwise_refuses(int64_t rows, int64_t c, int64_t k) {

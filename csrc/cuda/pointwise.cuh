@@ -117,6 +117,8 @@ struct Multiply {
     fragment(a, ring.stage, step);
 
     // 3. multiply
+#pragma unroll
+    for (int i = 0; i < 4; ++i) settle(a[i]);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -145,6 +147,7 @@ struct Multiply {
       if (i + 1 < steps) step(odd, i + 1, fragment, b);
     }
     wgmma_wait<0>();
+    settle(acc);
     release();
   }
 };
@@ -174,10 +177,10 @@ FASTRES_DEVICE void fill_affine(uint32_t table, int length, int64_t first, int64
   fill_table(table, 2, length, first, count, [=](int64_t c) { return value_or(beta, c, 0.0f); });
 }
 
-// Four values of neighbouring channels at `at`, of planes `plane` bytes apart.
-struct Pair {
+// The vectors of two neighbouring channels, in planes `plane` bytes apart.
+struct NormPair {
   float2 mean, scale, beta;
-  FASTRES_DEVICE Pair(uint32_t at, uint32_t plane)
+  FASTRES_DEVICE NormPair(uint32_t at, uint32_t plane)
       : mean(load_shared<float2>(at)),
         scale(load_shared<float2>(at + plane)),
         beta(load_shared<float2>(at + 2 * plane)) {}
@@ -188,6 +191,78 @@ struct Pair {
     widen2(word, x, t);
     return narrow2_relu(normalise(x[0], mean.x, scale.x, beta.x),
                         normalise(x[1], mean.y, scale.y, beta.y), t);
+  }
+};
+
+// The batch norm behind a conv, through which its gradient comes.
+struct NormBackward {
+  const float *mean, *rstd, *gamma, *dgamma, *dbeta;
+  float inverse_count;
+  bool on, training;
+};
+
+// scale * g - (y - mean) * slope - offset; frozen: y, mean, slope and offset are 0.
+FASTRES_DEVICE float norm_gradient(float g, float y, float mean, float scale, float slope,
+                                   float offset) {
+  return fmaf(scale, g, -fmaf(y - mean, slope, offset));
+}
+
+// 0xffff in the halves of a word whose bits, 0 and 1 of `pass`, are 1.
+FASTRES_DEVICE uint32_t halves(uint32_t pass) {
+  return (pass & 1u ? 0xffffu : 0u) | (pass & 2u ? 0xffff0000u : 0u);
+}
+
+// The factors of one channel in registers; 0 past the end.
+struct GradientChannel {
+  float mean = 0.0f, scale = 0.0f, slope = 0.0f, offset = 0.0f;
+  FASTRES_DEVICE GradientChannel(const NormBackward& bn, int64_t c, int64_t count) {
+    if (!bn.on || c >= count) return;
+    const float rstd = value_or(bn.rstd, c, 1.0f);
+    scale = value_or(bn.gamma, c, 1.0f) * rstd;
+    if (!bn.training) return;
+    mean = value_or(bn.mean, c, 0.0f);
+    slope = scale * (bn.dgamma[c] * bn.inverse_count * rstd);
+    offset = scale * (bn.dbeta[c] * bn.inverse_count);
+  }
+  // dy of one channel at two pixels, from gated g and y
+  template <class T>
+  FASTRES_DEVICE uint32_t operator()(uint32_t g_word, uint32_t y_word, T t) const {
+    float g[2], y[2];
+    widen2(g_word, g, t);
+    widen2(y_word, y, t);
+    return narrow2(norm_gradient(g[0], y[0], mean, scale, slope, offset),
+                   norm_gradient(g[1], y[1], mean, scale, slope, offset), t);
+  }
+};
+
+// Of GradientChannel's factors, planes 0 to 3.
+FASTRES_DEVICE void fill_gradient(uint32_t table, int length, const NormBackward& bn,
+                                  int64_t count) {
+  for (int i = static_cast<int>(threadIdx.x); i < length; i += kPointwiseThreads) {
+    const GradientChannel v(bn, i, count);
+    store_shared(table + 4 * i, v.mean);
+    store_shared(table + 4 * (length + i), v.scale);
+    store_shared(table + 4 * (2 * length + i), v.slope);
+    store_shared(table + 4 * (3 * length + i), v.offset);
+  }
+}
+
+// Of two channels, from that table.
+struct GradientPair {
+  float2 mean, scale, slope, offset;
+  FASTRES_DEVICE GradientPair(uint32_t at, uint32_t plane)
+      : mean(load_shared<float2>(at)),
+        scale(load_shared<float2>(at + plane)),
+        slope(load_shared<float2>(at + 2 * plane)),
+        offset(load_shared<float2>(at + 3 * plane)) {}
+  // dy of two channels, from g (gated first) and y
+  template <class T>
+  FASTRES_DEVICE uint32_t operator()(uint32_t g_word, uint32_t y_word, uint32_t pass, T t) const {
+    float g[2], y[2];
+    widen2(g_word & halves(pass), g, t);
+    widen2(y_word, y, t);
+    return narrow2(norm_gradient(g[0], y[0], mean.x, scale.x, slope.x, offset.x),
+                   norm_gradient(g[1], y[1], mean.y, scale.y, slope.y, offset.y), t);
   }
 };
 
@@ -228,6 +303,18 @@ FASTRES_DEVICE float staged(uint32_t staging, int row, int column) {
   const uint32_t piece = static_cast<uint32_t>(column >> 2) ^ row_swizzle(row);
   return load_shared<float>(staging + 128 * row + 16 * piece + 4 * (column & 3));
 }
+// One round of a sum over lanes that spreads the values: of 2 * COUNT each lane keeps COUNT, the
+// lower or (lanes with MASK) the upper half, added to those of its partner.
+template <int COUNT, int MASK>
+FASTRES_DEVICE void spread_sums(float* v) {
+  const bool upper = (threadIdx.x & MASK) != 0;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const float mine = upper ? v[COUNT + i] : v[i];
+    const float other = upper ? v[i] : v[COUNT + i];
+    v[i] = mine + __shfl_xor_sync(kWarp, other, MASK);
+  }
+}
 // Eight neighbouring values of a table's plane.
 FASTRES_DEVICE void table_unit(float (&v)[8], uint32_t table, int at) {
 #pragma unroll
@@ -242,13 +329,12 @@ FASTRES_DEVICE void table_unit(float (&v)[8], uint32_t table, int at) {
 
 // --- the producer's side ---
 
-// Keeps the ring full: stage(ring, tile, step) expects and copies one stage.
+// Keeps the ring full: stage(ring, tile, step) waits until its stage is free and brings it.
 template <class Stage>
 FASTRES_DEVICE void produce(const Schedule& s, Ring ring, const Stage& stage) {
   const Tiles tiles(s);
   for (int64_t tile = tiles.first; tile < tiles.end; ++tile) {
     for (int step = 0; step < s.steps; ++step) {
-      barrier_wait(ring.empty_now(), ring.parity ^ 1u);
       stage(ring, tile, step);
       ring.advance();
     }
@@ -261,11 +347,10 @@ FASTRES_DEVICE uint2 load_bits(const uint8_t* mask, int64_t row, int64_t bytes, 
   if (bytes % 8 == 0 && reinterpret_cast<uintptr_t>(mask) % 8 == 0) {
     return *reinterpret_cast<const uint2*>(p);
   }
-  uint32_t word[2] = {};
-  for (int i = 0; i < 8; ++i) {
-    if (at + i < bytes) word[i >> 2] |= static_cast<uint32_t>(p[i]) << (8 * (i & 3));
-  }
-  return make_uint2(word[0], word[1]);
+  uint64_t word = 0;
+#pragma unroll 1  // the producer's warps have few registers
+  for (int i = 0; i < 8 && at + i < bytes; ++i) word |= static_cast<uint64_t>(p[i]) << (8 * i);
+  return make_uint2(static_cast<uint32_t>(word), static_cast<uint32_t>(word >> 32));
 }
 
 }  // namespace cuda

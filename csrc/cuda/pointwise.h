@@ -34,9 +34,53 @@ struct PointwiseFpropActArgs {
   Act act;  // of x
 };
 
+// The batch norm behind the conv: how its gradient g becomes y's, dy.
+struct PointwiseNormGradient {
+  const void* y;
+  const float *mean, *rstd, *gamma, *dgamma, *dbeta;
+  bool training;
+};
+
+struct PointwiseDgradArgs {
+  void* dx;
+  float *dgamma, *dbeta, *res_dgamma;  // sums, where there is a previous norm; res_dgamma or null
+  const void* dz;
+  const uint8_t* mask;  // of dz, or null
+  const void* weight;
+  PointwiseNormGradient bn;
+  bool has_bn;
+  const void* dres;  // or null
+  const uint8_t* dres_mask;
+  const void* prev_y;  // or null: no previous norm
+  const uint8_t* prev_mask;
+  PointwiseNorm prev;
+  const void* dual;  // the dual shortcut's raw input, or null
+  const float *dual_mean, *dual_rstd;
+  int64_t k;
+  Act act;  // of dx
+};
+
+struct PointwiseWgradArgs {
+  void* dw;  // (K, C), strides in elements
+  int64_t stride_k, stride_c;
+  const void* dz;
+  const uint8_t* mask;  // of dz, or null
+  const void* x;
+  PointwiseNormGradient bn;
+  bool has_bn;
+  PointwiseNorm norm;  // of x
+  bool has_norm;
+  int64_t k;
+  Act act;  // of x
+};
+
 void pointwise_fprop(const PointwiseFpropArgs& p, float* work, const Place& place);
 void pointwise_fprop_act(const PointwiseFpropActArgs& p, const Place& place);
 int64_t pointwise_fprop_floats(int64_t rows, int64_t c, int64_t k);
+void pointwise_dgrad(const PointwiseDgradArgs& p, float* work, const Place& place);
+int64_t pointwise_dgrad_floats(int64_t rows, int64_t c, int64_t k, int parts);
+void pointwise_wgrad(const PointwiseWgradArgs& p, float* work, const Place& place);
+int64_t pointwise_wgrad_floats(int64_t rows, int64_t c, int64_t k);
 
 // Empty where the kernels run on the device, otherwise why not.
 std::string pointwise_missing(int device);

@@ -1,6 +1,10 @@
 // fastres._C.cuda's pointwise convolutions. fastres/_cuda_pointwise.py is the caller.
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
+#include <array>
+
 #include "../arguments.h"
 #include "pointwise.h"
 
@@ -41,6 +45,57 @@ void bind_fprop_act(Ptr z, Ptr x, Ptr weight, Ptr mean, Ptr rstd, Ptr gamma, Ptr
                       {device, stream});
 }
 
+// y, mean, rstd, gamma, dgamma, dbeta
+using NormGradientPtrs = std::array<Ptr, 6>;
+PointwiseNormGradient norm_gradient(const NormGradientPtrs& p, bool training) {
+  return {any(p[0]), f32(p[1]), f32(p[2]), f32(p[3]), f32(p[4]), f32(p[5]), training};
+}
+
+// sums: dgamma, dbeta, res_dgamma; prev: y, mask, mean, rstd, gamma, beta; dual: x, mean, rstd
+void bind_dgrad(Ptr dx, std::array<Ptr, 3> sums, Ptr dz, Ptr mask, Ptr weight, NormGradientPtrs bn,
+                bool has_bn, bool training, Ptr dres, Ptr dres_mask, std::array<Ptr, 6> prev,
+                std::array<Ptr, 3> dual, I64 k, Ptr work, int dtype, bool nhwc, I64 n, I64 c, I64 s,
+                int device, Ptr stream) {
+  pointwise_dgrad({any(dx),
+                   f32(sums[0]),
+                   f32(sums[1]),
+                   f32(sums[2]),
+                   any(dz),
+                   u8(mask),
+                   any(weight),
+                   norm_gradient(bn, training),
+                   has_bn,
+                   any(dres),
+                   u8(dres_mask),
+                   any(prev[0]),
+                   u8(prev[1]),
+                   {f32(prev[2]), f32(prev[3]), f32(prev[4]), f32(prev[5])},
+                   any(dual[0]),
+                   f32(dual[1]),
+                   f32(dual[2]),
+                   k,
+                   act(dtype, nhwc, n, c, s)},
+                  f32(work), {device, stream});
+}
+
+void bind_wgrad(Ptr dw, I64 stride_k, I64 stride_c, Ptr dz, Ptr mask, Ptr x, NormGradientPtrs bn,
+                bool has_bn, bool training, std::array<Ptr, 4> norm, bool has_norm, I64 k, Ptr work,
+                int dtype, bool nhwc, I64 n, I64 c, I64 s, int device, Ptr stream) {
+  pointwise_wgrad({any(dw),
+                   stride_k,
+                   stride_c,
+                   any(dz),
+                   u8(mask),
+                   any(x),
+                   norm_gradient(bn, training),
+                   has_bn,
+                   {f32(norm[0]), f32(norm[1]), f32(norm[2]), f32(norm[3])},
+                   has_norm,
+                   k,
+                   act(dtype, nhwc, n, c, s)},
+                  f32(work), {device, stream});
+}
+
 }  // namespace
 
 void bind_pointwise(py::module_& m) {
@@ -48,6 +103,10 @@ void bind_pointwise(py::module_& m) {
   m.def("pointwise_fprop", &bind_fprop, NoGil());
   m.def("pointwise_fprop_act", &bind_fprop_act, NoGil());
   m.def("pointwise_fprop_floats", &pointwise_fprop_floats, "Floats of its workspace.");
+  m.def("pointwise_dgrad", &bind_dgrad, NoGil());
+  m.def("pointwise_dgrad_floats", &pointwise_dgrad_floats, "Floats of its workspace.");
+  m.def("pointwise_wgrad", &bind_wgrad, NoGil());
+  m.def("pointwise_wgrad_floats", &pointwise_wgrad_floats, "Floats of its workspace.");
   m.def("pointwise_missing", &pointwise_missing, "Why they do not run on a device; or empty.");
   m.def("pointwise_refuses", &pointwise_refuses, "Why they do not take these sizes; or empty.");
 }

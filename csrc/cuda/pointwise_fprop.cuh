@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
         }
       }
       produce(s, Ring(s, shared), [&](const Ring& ring, int64_t tile, int step) {
+        barrier_wait(ring.empty_now(), ring.parity ^ 1u);
         const uint32_t bar = ring.full_now(), to = shared + s.stage_bytes * ring.stage;
         barrier_expect(bar, kTileBytes + (s.resident ? 0 : N * kSwizzleBytes));
         copy_tile(to, p.x, bar, kTileChannels * step, tile * kTileRows);
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
         load_matrices<false>(a[i], row_at + s.stage_bytes * stage + 16 * piece);
         if (p.norm) {
           const uint32_t channel = vectors + 4 * (kTileChannels * step + 16 * i);
-          const Pair low(channel, plane), high(channel + 4 * 8, plane);
+          const NormPair low(channel, plane), high(channel + 4 * 8, plane);
           a[i][0] = low.activate(a[i][0], T{});
           a[i][1] = low.activate(a[i][1], T{});
           a[i][2] = high.activate(a[i][2], T{});

@@ -14,13 +14,23 @@ struct Needs {
   int bits = 0;           // bytes of mask in each stage
   int row_planes = 0;     // vectors over the reduction
   int column_planes = 0;  // vectors over the tile's columns
+  bool staging = true;    // for an epilogue
 };
+
+// Blocks that a launch aims at.
+int64_t blocks();
+
+// The part of a schedule that lies in shared memory. The weights of `steps` steps stay there where
+// they fit; of 0 steps they, or wgrad's x, never do.
+Schedule shared_memory(int steps, int n, const Needs& needs);
 
 // Of a GEMM of `rows` x `width` over `length` in tiles of kTileRows x n.
 Schedule schedule(int64_t rows, int64_t length, int64_t width, int n, const Needs& needs);
 
 // The columns of a tile: `most` at most, no wider than `width` asks for.
 int tile_columns(int64_t width, int most);
+
+NormBackward norm_backward(const PointwiseNormGradient& bn, bool on, int64_t rows);
 
 // The map of a row-major (rows, columns) matrix of 16-bit elements, read in boxes of
 // (box_rows, 64) under the 128-byte swizzle.
