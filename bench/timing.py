@@ -220,3 +220,17 @@ def _calls(variant: Variant, iters: int) -> None:
     assert call is not None
     for _ in range(iters):
         call()
+
+
+def in_turns(calls: tuple[Callable, ...], budget: float) -> list[list[float]]:
+    """Seconds of each call of functions on the CPU that take turns, who starts alternating."""
+    for call in calls:
+        call()
+    taken: list[list[float]] = [[] for _ in calls]
+    end = time.perf_counter() + budget
+    while len(taken[0]) < 5 or time.perf_counter() < end:
+        for i in range(len(calls)) if len(taken[0]) % 2 else reversed(range(len(calls))):
+            start = time.perf_counter()
+            calls[i]()
+            taken[i].append(time.perf_counter() - start)
+    return taken

@@ -11,8 +11,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from fastres.memory import keep_buffers
 
 from . import shapes
 from .session import DTYPES
+from .timing import in_turns
 
 CL = torch.channels_last
 CIFAR = ((16, 32), (32, 16), (64, 8))  # channels, height and width
@@ -92,20 +91,6 @@ def cases(n: int, c: int, k: int, h: int, dtype: torch.dtype) -> dict[str, tuple
     }
 
 
-def seconds(calls: tuple[Callable, ...], budget: float) -> list[list[float]]:
-    """Times of the calls, in turn, who starts alternating."""
-    for call in calls:
-        call()
-    taken: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + budget
-    while len(taken[0]) < 5 or time.perf_counter() < end:
-        for i in range(len(calls)) if len(taken[0]) % 2 else reversed(range(len(calls))):
-            start = time.perf_counter()
-            calls[i]()
-            taken[i].append(time.perf_counter() - start)
-    return taken
-
-
 def rms(got: torch.Tensor, truth: torch.Tensor) -> float:
     return float(((got.double() - truth).square().mean() / truth.square().mean()).sqrt())
 
@@ -113,7 +98,7 @@ def rms(got: torch.Tensor, truth: torch.Tensor) -> float:
 def measure(n: int, c: int, k: int, h: int, dtype: str, budget: float) -> list[dict[str, Any]]:
     rows = []
     for name, (vendor, ours, truth) in cases(n, c, k, h, DTYPES[dtype]).items():
-        theirs, mine = seconds((vendor, ours), budget)
+        theirs, mine = in_turns((vendor, ours), budget)
         why = _winograd.why_not(name, (n, c, h, h), DTYPES[dtype], k, GEOMETRY, (3, 3))
         rows.append({
             "pass": name, "dtype": dtype, "N": n, "C": c, "K": k, "H": h,
@@ -125,6 +110,20 @@ def measure(n: int, c: int, k: int, h: int, dtype: str, budget: float) -> list[d
             "chosen": why is None, "why_not": why,
         })  # fmt: skip
     return rows
+
+
+def save(
+    path: Path, kind: str, name: str, argv: list[str] | None, rows: list[dict[str, Any]]
+) -> None:
+    """The rows as JSON, with the command and the machine."""
+    found = {
+        "schema": 1,
+        "kind": kind,
+        "command": " ".join([f"python -m bench.{name}", *(argv or sys.argv[1:])]),
+        "environment": environment.gather("cpu", torch.get_num_threads()),
+        "rows": rows,
+    }
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,12 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
     console.print(table)
     if options.json:
-        found = {
-            "schema": 1, "kind": "fastres-winograd",
-            "command": " ".join(["python -m bench.winograd", *(argv or sys.argv[1:])]),
-            "environment": environment.gather("cpu", torch.get_num_threads()), "rows": rows,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        save(options.json, "fastres-winograd", "winograd", argv, rows)
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, counters, inference, plan, selfcheck
+from . import _heuristic, _winograd, backends, counters, inference, plan, selfcheck
 from ._spec import (
     PLAIN,
     Spec,
@@ -106,18 +106,37 @@ def choice_of(module: Any, x: Tensor) -> tuple[str, str]:
     if torch.compiler.is_compiling() or x.dtype == torch.float64 or backends.forced():
         return plan.HEURISTIC  # nothing is measured there
     current = plan.current(x.device)
-    if current.empty:
-        return plan.HEURISTIC
     training = torch.is_grad_enabled()
+    if current.empty and not (training and x.is_cpu):
+        return plan.HEURISTIC
     flags = tuple([child(module, bn).training for _, bn in fusion.spec.pairs()])
     fast = (x.shape, x.stride(), x.dtype, x.device, autocast_dtype(x), training, flags)
     known = fusion.choices.get(fast)
     if known is None or known[0] != current.version:
         if len(fusion.choices) >= CHOICES_KEPT:
             fusion.choices.clear()
-        choice, why = current.lookup(plan_key(module, x, training))
+        found = None if current.empty else current.lookup(plan_key(module, x, training))
+        choice, why = _unmeasured(module, x, training) if found is None else found
         known = fusion.choices[fast] = (current.version, choice, why)
     return known[1], known[2]
+
+
+def _unmeasured(module: Any, x: Tensor, training: bool) -> tuple[str, str]:
+    """(choice, why) where the plan knows nothing."""
+    if not (training and x.is_cpu and isinstance(module, ResidualBlockMixin) and x.dim() == 4):
+        return plan.HEURISTIC
+    block: Any = module
+    units, shortcut = block_of(block, block._fastres.spec)
+    shapes: list[tuple[int, ...]] = []
+    check_block("residual_block", x, tuple(x.shape), units, shortcut, shapes)
+    inputs = [tuple(x.shape), *shapes[: len(units) - 1], tuple(x.shape)]
+    every = [u.conv for u in (*units, *([] if shortcut is None else [shortcut]))]
+    calls = tuple(
+        (shape, conv.weight.shape[0], tuple(conv.weight.shape[2:]), tuple(conv.geometry()))
+        for shape, conv in zip(inputs, every, strict=False)
+    )
+    dtype, winograd = autocast_dtype(x) or x.dtype, _winograd.switched_off() is None
+    return _heuristic.of_block(calls, dtype, winograd, _heuristic.SMALL)
 
 
 def unproven(x: Tensor, *families: str) -> str | None:

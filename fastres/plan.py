@@ -8,7 +8,8 @@ this order:
     1. explicit: `fastres.convert(model, fusion=...)`
     2. the table in the package (fastres/tables/), made like the cache and reviewed
     3. the user's cache, written by `fastres.tune` or `fastres tune`
-    4. a heuristic: rung b, on any device (see `HEURISTIC`)
+    4. a heuristic: rung b, on any device (see `HEURISTIC`); on a CPU the original forward where a
+       block is too small to gain by it (see `fastres._heuristic`)
 
 A table or cache holds for one identity: device, driver, torch, Triton and fastres versions. Others
 are left alone, with one line in the log. The cache is a sorted JSON file for each identity in
@@ -255,13 +256,13 @@ class Plan:
         """Whether nothing was measured on this device."""
         return not (self.packaged or self.cached)
 
-    def lookup(self, key: Key) -> tuple[str, str]:
-        """(choice, why)."""
+    def lookup(self, key: Key) -> tuple[str, str] | None:
+        """(choice, why) of a measurement, if there is one."""
         for where, entries in (("table", self.packaged), ("cache", self.cached)):
             entry = entries.get(key)
             if entry is not None:
                 return entry.choice, f"{where}: {entry}"
-        return HEURISTIC
+        return None
 
     def add(self, entries: dict[Key, Entry]) -> None:
         """Take in new measurements and save them."""

@@ -17,6 +17,8 @@ import pytest  # noqa: E402
 
 # No user's plan decides what the tests run.
 os.environ["FASTRES_CACHE"] = tempfile.mkdtemp(prefix="fastres-tests-")
+# Small blocks are what the tests train: fused, but where a test says otherwise.
+os.environ["FASTRES_SMALL_BLOCK"] = "0"
 # Tests break kernels on purpose; tests/test_selfcheck.py turns this on.
 os.environ["FASTRES_SELFCHECK"] = "0"
 

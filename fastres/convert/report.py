@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres import _winograd, backends, counters, inference
+from fastres import _winograd, backends, counters, inference, plan
 from fastres._layout import is_nhwc
 from fastres._spec import Spec, child, spec_obstacle
 from fastres.nn import FusedMixin
@@ -121,6 +121,8 @@ def _planned(fusion: Any) -> list[str]:
     """What the plan chose for the calls so far, and why."""
     found = []
     for key, (_, choice, why) in getattr(fusion, "choices", {}).items():
+        if (choice, why) == plan.HEURISTIC:
+            continue
         shape, mode = "x".join(map(str, key[0])), "training" if key[5] else "inference"
         found.append(f"{mode} on {shape}: {choice} ({why})")
     return found
