@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _heuristic, _winograd, backends, counters, inference, plan, selfcheck
+from ._layout import is_nhwc
 from ._spec import (
     PLAIN,
     Spec,
@@ -33,14 +34,15 @@ from .ops import (
     Unit,
     bn_relu_maxpool,
     conv_bn_relu,
+    conv_bn_relu_maxpool,
     residual_block,
     residual_stage,
 )
 from .ops._args import check_conv_bn
-from .ops._ladder import parse
-from .ops._units import needs_grad
+from .ops._ladder import check_fusion, own_rung, parse
+from .ops._units import in_format, needs_grad
 from .ops.bn_relu_maxpool import check_window
-from .ops.residual_stage import check_block, check_fusion
+from .ops.residual_stage import check_block
 
 CHOICES_KEPT = 64  # input shapes of a module whose plan entries are remembered
 
@@ -98,11 +100,17 @@ def plan_key(module: Any, x: Tensor, training: bool) -> plan.Key:
     return plan.Key.of(text, x, autocast_dtype(x) or x.dtype, training)
 
 
+def asked_rung(fusion: Fusion) -> str | None:
+    """The rung that `convert`, or else a `use_backend` with convs of its own, asks for."""
+    return own_rung() if fusion.rung is None else fusion.rung
+
+
 def choice_of(module: Any, x: Tensor) -> tuple[str, str]:
     """(rung or plan.EAGER, why) for this call; explicit > table > cache > heuristic."""
     fusion: Fusion = module._fastres
-    if fusion.rung is not None:
-        return fusion.rung, "explicit"
+    rung = asked_rung(fusion)
+    if rung is not None:
+        return rung, "explicit"
     if torch.compiler.is_compiling() or x.dtype == torch.float64 or backends.forced():
         return plan.HEURISTIC  # nothing is measured there
     current = plan.current(x.device)
@@ -307,7 +315,7 @@ class ResidualBlockMixin(FusedMixin):
         module: nn.Module = self  # type: ignore[assignment]
         spec = self._fastres.spec
         x = _cast_input(module, spec, x)
-        if self._fastres.rung is not None:
+        if asked_rung(self._fastres) is not None:
             checked_rung(type(self).__name__, self._fastres.rung, x)
         reason = why_unfolded(module, spec, x)
         if reason is None:
@@ -421,11 +429,11 @@ def _stage_rung(layer: Any, x: Tensor) -> str | None:
     if type(layer) is not nn.Sequential or not _bypassable(layer) or len(layer) == 0:
         return None
     first: Any = layer[0]
-    rung = first._fastres.rung if isinstance(first, ResidualBlockMixin) else None
+    rung = asked_rung(first._fastres) if isinstance(first, ResidualBlockMixin) else None
     if rung is None or not parse(rung).rung.conv:
         return None
     for block in layer:
-        if not isinstance(block, ResidualBlockMixin) or block._fastres.rung != rung:
+        if not isinstance(block, ResidualBlockMixin) or asked_rung(block._fastres) != rung:
             return None
         if not _bypassable(block) or block._obstacle(x) is not None:
             return None
@@ -451,6 +459,11 @@ def stem_forward(
     ((conv, bn),) = modules_of(module, spec)
     window = None if pool is None else child(module, pool)
     op = "conv_bn_relu" if pool is None else "conv_bn_relu_maxpool"
+    asked = asked_rung(fusion)
+    if asked is not None:
+        if parse(asked).rung.conv and is_nhwc(conv.weight):  # as a vendor's conv of such a weight
+            x = in_format(x, True, f"{op}: a batch of images")
+        checked_rung(type(module).__name__, fusion.rung, x)
     reason = why_unfolded(module, spec, x)
     if whole and reason == inference.NCHW and not _hooked_inside(module):
         counters.count("inference: a batch of images copied to channels_last")
@@ -470,8 +483,13 @@ def stem_forward(
             return z if window is None else window(z), bound
     else:
         count_unfolded(reason)
+    choice, _ = choice_of(module, x)
+    rung = checked_rung(type(module).__name__, "b" if choice == plan.EAGER else choice, x)
     if window is None:
-        return conv_bn_relu(x, Conv.of(conv), BatchNorm.of(bn)), None
+        return conv_bn_relu(x, Conv.of(conv), BatchNorm.of(bn), rung), None
+    if parse(rung).rung.conv:
+        pooled = *_window_of(window), rung
+        return conv_bn_relu_maxpool(x, Conv.of(conv), BatchNorm.of(bn), *pooled), None
     in_shapes()
     y = nn.functional.conv2d(
         x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups

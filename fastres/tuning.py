@@ -176,12 +176,17 @@ def distinct(model: nn.Module, sample: Tensor, training: bool) -> list[Target]:
 
 def candidates(target: Target) -> list[str]:
     """eager first, then the rungs that the backend can run here."""
-    if not isinstance(target.module, ResidualBlockMixin):
-        return [EAGER, "b"]  # a stem has one fused form
     backend = backends.select(target.x)
     convs = hasattr(backend, "conv_fprop") and backend.conv_missing(target.x.device) is None
     nhwc = target.key.layout == "channels_last"
-    return [EAGER, *(name for name, r in RUNGS.items() if not r.conv or (convs and nhwc))]
+    names = [name for name, r in RUNGS.items() if not r.conv or (convs and nhwc)]
+    if not isinstance(target.module, ResidualBlockMixin):  # d is c2, behind a pool c2 is c1
+        names = [n for n in names if n in ("b", "c1") or (n == "c2" and not _pooled(target.module))]
+    return [EAGER, *names]
+
+
+def _pooled(stem: nn.Module) -> bool:
+    return getattr(stem, "pool", None) is not None
 
 
 def call_of(target: Target, candidate: str) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -197,7 +202,7 @@ def copy_for(target: Target, candidate: str) -> nn.Module:
     module = copy.deepcopy(target.module)
     if candidate != EAGER:
         fusion: Any = module._fastres
-        fusion.rung = candidate if isinstance(module, ResidualBlockMixin) else None
+        fusion.rung = candidate
     return module
 
 
@@ -372,6 +377,8 @@ def measure(target: Target, seconds: float, isolate: bool, per_conv: bool = Fals
 
 def passes_of(target: Target) -> list[str]:
     """Every pass of the block's convs, as `fastres.ops._ladder.parse` names them."""
+    if not isinstance(target.module, ResidualBlockMixin):  # images need no gradient
+        return ["stem.fprop", *(["stem.wgrad"] if target.training else [])]
     spec = target.match.spec
     convs = [f"conv{i + 1}" for i in range(len(spec.units))]
     convs += [] if spec.shortcut is None else ["shortcut"]

@@ -202,6 +202,33 @@ def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, arch.maxnreg)
 
 
+def few_fprop_config(geo, x) -> ConvConfig:
+    """_conv_few: each element of x is a load, an address and a mask of its own: 64 rows of 32 terms
+    on 8 warps are 8 of each a thread, which leaves two programs an SM (4 warps where y has so few
+    columns that a thread would store less than 16 bytes). No stages: loads of 2 bytes are not
+    copied to shared memory asynchronously, the other program hides their latency."""
+    arch = arch_of(x.device)
+    plain = _plain_fma(arch, x.element_size())
+    block_m = _fit(geo.rows, 32 if plain else 64)
+    block_n = _fit(geo.k, min(arch.block_n, 64))
+    block_k = _fit(geo.r * geo.s * geo.c, 32)
+    warps = arch.num_warps if block_n >= 32 else 4
+    two = warps == 8 and x.element_size() < 4  # programs an SM
+    maxnreg = 128 if two else arch.maxnreg
+    return ConvConfig(block_m, block_n, block_k, warps, 1, arch.programs, maxnreg)
+
+
+def few_wgrad_config(geo, x, mode: str) -> ConvConfig:
+    """_conv_few: 64 terms a program, so that a 7x7's 147 are three, with a quarter to spare; 32
+    pixels a step, for the registers of the loads."""
+    arch = arch_of(x.device)
+    block_k = _fit(geo.k, min(arch.block_n, 64))
+    if arch.name == "sm_100" and _plain_fma(arch, x.element_size()):
+        block_k = min(block_k, 32)  # as in wgrad_config
+    block_n = _fit(geo.r * geo.s * geo.c, 64)
+    return ConvConfig(_fit(geo.rows, 32), block_n, block_k, 4, 1, arch.programs, arch.maxnreg)
+
+
 def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvConfig | None:
     """None when a program cannot hold dw of all K output channels and a useful width.
 

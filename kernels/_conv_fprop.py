@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import _conv_few as few
 from ._bn_stats import chan, finalise
 from ._conv import (
     Geometry,
@@ -249,9 +250,12 @@ def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, 
 
 
 def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
-    part, geo, plan = _run(
-        y, stats is not None, z, mask, x, weight, geometry, norm, shortcut, None, None, False
-    )
+    if norm is None and few.takes(Geometry.of(x.shape, weight.shape, geometry)):
+        part, geo, plan = few.conv_fprop(y, stats is not None, x, weight, geometry)
+    else:
+        part, geo, plan = _run(
+            y, stats is not None, z, mask, x, weight, geometry, norm, shortcut, None, None, False
+        )
     if stats is not None:
         finalise(*stats, part, None, eps, geo.rows, 1, 0, plan.tiles * plan.block_m)
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _conv_few as few
 from ._conv import (
     Geometry,
     activate,
@@ -186,6 +187,9 @@ def add_splits(dw, part):
 def conv_wgrad(dw, g, x, geometry, bn, norm):
     geo = Geometry.of(x.shape, dw.shape, geometry)
     mode, y, vectors = norm_arguments(bn)
+    if norm is None and few.takes(geo):
+        add_splits(dw, few.conv_wgrad(g, x, geo, (mode, y, vectors)))
+        return
     config = wgrad_config(geo, x, mode, norm is not None)
     tiles, splits, chunk = wgrad_cut(geo, config, arch_of(x.device).split_steps)
     part = torch.empty(

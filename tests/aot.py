@@ -82,26 +82,32 @@ class Record:
     def grouped(self) -> bool:
         return " groups of " in self.case
 
+    @property
+    def images(self) -> bool:
+        """Of the kernels of few input channels."""
+        return "_conv_few_" in self.kernel
+
     def instructions(self) -> tuple[str, ...]:
         """What a dot should compile to: one of these; none: no matrix unit takes this dtype.
 
         fp32 without TF32 runs on plain FMAs, on gfx942 on the matrix unit's fp32. wgmma takes TF32
         operands only with the summed dimension contiguous, and tcgen05 alike: Triton transposes
         the others on the way, or uses the older mma.sync. That is used, too, for the few channels
-        of a group, below the 64 rows of wgmma and tcgen05."""
+        of a group, or of a small stem, below the 64 rows of wgmma and tcgen05."""
         if self.target == "gfx942":
             return ("v_mfma",)
         if self.dtype == "fp32":
             return ()
         best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}[self.target]
-        return (best, "HMMA") if self.dtype == "tf32" or self.grouped else (best,)
+        few = self.grouped or self.images
+        return (best, "HMMA") if self.dtype == "tf32" or few else (best,)
 
     def _narrow_allowed(self, what: str) -> bool:
         """wgmma and tcgen05 take TF32 operands only as described in `instructions`: Triton copies
         the others 4 bytes a thread, 128 a warp, to transpose them on the way. On gfx942 it stores
-        from the layout of the matrix unit, 8 bytes a lane. A group's channels may be fewer than 16
-        bytes."""
-        if self.grouped:
+        from the layout of the matrix unit, 8 bytes a lane. A group's channels, or an image's, may
+        be fewer than 16 bytes."""
+        if self.grouped or (self.images and what == "loads"):  # of 3 channels
             return True
         if self.target == "gfx942":
             return what == "stores"

@@ -44,7 +44,7 @@ FEW_STEPS = [("c2", True, True), ("d", True, True), ("d", False, False)]
 
 MODULES = (
     "_bn_stats", "_bn_apply", "_bn_bwd", "_add_relu", "_bn_relu_maxpool",
-    "_conv_fprop", "_conv_dgrad", "_conv_wgrad", "_conv_bwd_pointwise",
+    "_conv_fprop", "_conv_dgrad", "_conv_wgrad", "_conv_bwd_pointwise", "_conv_few",
 )  # fmt: skip
 
 
@@ -216,6 +216,8 @@ _WORDS = {
         "prev_ptr": "gate", "prev_mask_ptr": "bits", "dual_ptr": "dual",
     },
     "_conv_wgrad_kernel": {"gmask_ptr": "bits", "y_ptr": "dbn", "in_mean_ptr": "norm"},
+    "_conv_few_fprop_kernel": {"part_ptr": "stats"},
+    "_conv_few_wgrad_kernel": {"gmask_ptr": "bits", "y_ptr": "dbn"},
     "_conv_bwd_pointwise_kernel": {
         "gmask_ptr": "bits", "y_ptr": "dbn", "in_mean_ptr": "norm", "res_ptr": "res",
         "res_mask_ptr": "bits", "prev_ptr": "gate", "prev_mask_ptr": "bits", "dual_ptr": "dual",
@@ -233,7 +235,7 @@ def _describe(launch: Launch, where: str) -> str:
         words.append("relu")
     if not words and "finalise" in launch.kernel.__name__:
         return f"({where})"
-    kind = "1x1"
+    kind = "images" if "_few_" in launch.kernel.__name__ else "1x1"
     if not constants.get("POINTWISE", True):
         kind = f"{named['taps_h']}x{named['taps_w']}"
         stride = named.get("stride_h", 1)
@@ -320,6 +322,40 @@ def grouped(target: str, dtype_name: str) -> list[Launch]:
     return [x for x in launches if x.constants.get("GROUP_C")]
 
 
+def stem(target: str, dtype_name: str) -> list[Launch]:
+    """The launches of a stem's conv on images of 3 channels: ImageNet's, with a pool behind it, and
+    CIFAR's, whose wgrad folds the batch norm's backward on c2."""
+    from fastres import kernels as k
+    from fastres._contract import Gradient, Normalise, NormGradient
+
+    dtype = DTYPES[dtype_name]
+    out: list[Launch] = []
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = dtype_name == "tf32"
+    try:
+        for name, size, r, stride, channels in (("7x7 s2", 224, 7, 2, 64), ("3x3", 32, 3, 1, 16)):
+            geometry = [stride, stride, r // 2, r // 2, 1, 1, 1]
+            x, y = activation(256, 3, size, dtype), activation(256, channels, size // stride, dtype)
+            w = torch.empty((channels, 3, r, r), dtype=dtype, device="meta")
+            w = w.contiguous(memory_format=torch.channels_last)
+            v, stats = torch.empty(channels, device="meta"), torch.empty(3, channels, device="meta")
+            bits = torch.empty((y.numel() // channels, channels // 8), device="meta").byte()
+            bn = NormGradient(y, Normalise(v, v, v, v), v, v, True)
+            with capture(target) as found:
+                k.conv_fprop(y, stats, None, None, x, w, geometry, None, None, 1e-5)
+                k.conv_fprop(y, None, None, None, x, w, geometry, None, None, 1e-5)
+                k.conv_wgrad(w, Gradient(y), x, geometry, None, None)
+                if r == 3:
+                    k.conv_wgrad(w, Gradient(y, bits), x, geometry, bn, None)
+            for launch in found:
+                if "_few_" in launch.kernel.__name__:
+                    case = _describe(launch, f"{name} stem")
+                    out.append(replace(launch, case=case, dtype=dtype_name, layout="nhwc"))
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
+    return out
+
+
 def one_tile(launches: list[Launch]) -> list[Launch]:
     """One launch of each form, whatever its tile."""
     return list({launch.form(): launch for launch in reversed(launches)}.values())[::-1]
@@ -340,6 +376,8 @@ def everything(target: str) -> list[Launch]:
     that ResNet training and inference use most; grouped convs in bf16."""
     streams = STREAMS if target == "sm_90" else STREAMS[:1]
     out = streaming(target, streams) + ladder(target, "bf16") + grouped(target, "bf16")
+    for dtype in DTYPES:
+        out += stem(target, dtype)
     for dtype in ("fp16", "tf32", "fp32"):
         out += one_tile(ladder(target, dtype, FEW_STEPS))
     return out
@@ -352,5 +390,6 @@ def some(target: str) -> list[Launch]:
     out += bf16 if target == "sm_90" else extremes(bf16)
     if target == "sm_90":
         out += extremes(one_tile(ladder(target, "tf32", FEW_STEPS)))
+    out += [x for x in stem(target, "bf16") if "7x7" in x.case]
     out += extremes([x for x in grouped(target, "bf16") if x.constants["GROUP_C"] == 32])
     return out

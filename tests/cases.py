@@ -88,6 +88,11 @@ def _plain_bn(x: Tensor, name: str, p: Leaves, b: Leaves, training: bool) -> Ten
     )
 
 
+def _rung(p: Leaves) -> str | None:
+    """The default; rung b by name where x is NCHW, which the backends' own convs do not take."""
+    return None if p["x"].is_contiguous(memory_format=torch.channels_last) else "b"
+
+
 def make(name: str, shape: tuple[int, int, int, int], seed: int = 0) -> Case:
     """The case `name` for an input of `shape`, values drawn in float64."""
     g = torch.Generator().manual_seed(seed)
@@ -166,20 +171,30 @@ def _conv_case(name, leaves, buffers, c, add_bn, randn, shape) -> Case:
     if name == "conv_bn":
         return Case(
             name, leaves, buffers,
-            lambda p, b, t: ops.conv_bn(p["x"], conv(p), _bn("bn", p, b, t)),
+            lambda p, b, t: ops.conv_bn(p["x"], conv(p), _bn("bn", p, b, t), _rung(p)),
             lambda p, b, t: _plain_bn(plain_conv(p), "bn", p, b, t),
         )  # fmt: skip
     if name == "conv_bn_relu":
         return Case(
             name, leaves, buffers,
-            lambda p, b, t: ops.conv_bn_relu(p["x"], conv(p), _bn("bn", p, b, t)),
+            lambda p, b, t: ops.conv_bn_relu(p["x"], conv(p), _bn("bn", p, b, t), _rung(p)),
             lambda p, b, t: F.relu(_plain_bn(plain_conv(p), "bn", p, b, t)),
+        )  # fmt: skip
+    if name == "conv_bn_relu_maxpool":
+        return Case(
+            name, leaves, buffers,
+            lambda p, b, t: ops.conv_bn_relu_maxpool(
+                p["x"], conv(p), _bn("bn", p, b, t), fusion=_rung(p)
+            ),
+            lambda p, b, t: F.max_pool2d(F.relu(_plain_bn(plain_conv(p), "bn", p, b, t)), 3, 2, 1),
         )  # fmt: skip
     leaves["r"] = randn(n, k, (h + 1) // 2, (w + 1) // 2)
     if name == "conv_bn_add_relu":
         return Case(
             name, leaves, buffers,
-            lambda p, b, t: ops.conv_bn_add_relu(p["x"], conv(p), _bn("bn", p, b, t), p["r"]),
+            lambda p, b, t: ops.conv_bn_add_relu(
+                p["x"], conv(p), _bn("bn", p, b, t), p["r"], fusion=_rung(p)
+            ),
             lambda p, b, t: F.relu(_plain_bn(plain_conv(p), "bn", p, b, t) + p["r"]),
         )  # fmt: skip
     assert name == "conv_bn_add_relu_dual", name
@@ -187,7 +202,7 @@ def _conv_case(name, leaves, buffers, c, add_bn, randn, shape) -> Case:
     return Case(
         name, leaves, buffers,
         lambda p, b, t: ops.conv_bn_add_relu(
-            p["x"], conv(p), _bn("bn", p, b, t), p["r"], _bn("rbn", p, b, t)
+            p["x"], conv(p), _bn("bn", p, b, t), p["r"], _bn("rbn", p, b, t), _rung(p)
         ),
         lambda p, b, t: F.relu(
             _plain_bn(plain_conv(p), "bn", p, b, t) + _plain_bn(p["r"], "rbn", p, b, t)
@@ -219,7 +234,7 @@ def _block_case(name, leaves, buffers, c, add_bn, randn) -> Case:
         shortcut = None
         if projection:
             shortcut = Unit(Conv(p["ws"], None, (stride, stride)), _bn("bns", p, b, t))
-        return ops.residual_block(p["x"], units, shortcut)
+        return ops.residual_block(p["x"], units, shortcut, _rung(p))
 
     def plain(p: Leaves, b: Leaves, t: bool) -> Tensor:
         h = F.relu(_plain_bn(F.conv2d(p["x"], p["w1"]), "bn1", p, b, t))
@@ -241,6 +256,7 @@ OPS = (
     "bn_relu_maxpool",
     "conv_bn",
     "conv_bn_relu",
+    "conv_bn_relu_maxpool",
     "conv_bn_add_relu",
     "conv_bn_add_relu_dual",
     "block_identity",

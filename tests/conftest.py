@@ -75,3 +75,32 @@ def _gpu_for_triton(request):
     named = [n for v in params.values() for n in (v, getattr(v, "backend", None))]
     if "triton" in named or "cuda" in named:
         request.getfixturevalue("gpu")
+
+
+@pytest.fixture
+def no_vendor(monkeypatch):
+    """A call, from which on every way to a vendor's conv, or to the C++ kernels, fails the test."""
+
+    def fail(*args, **kwargs):
+        pytest.fail("a vendor's conv, or another backend, ran")
+
+    def arm() -> None:
+        from fastres import _cpu, _reference_conv
+        from fastres.ops import _ladder, _ladder_bwd, _one_conv, _units, conv_bn, residual_stage
+
+        for module in (_units, _ladder, _ladder_bwd, _one_conv, conv_bn, residual_stage):
+            for name in ("conv_fwd", "conv_bwd"):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, fail)
+        for owner, names in (
+            (_cpu, ("bn_stats", "bn_apply", "bn_bwd_reduce", "bn_relu_maxpool")),
+            (_reference_conv, ("_conv", "_conv_bwd")),
+            (torch, ("conv2d", "convolution")),
+            (torch.nn.functional, ("conv2d",)),
+            (torch.nn.Conv2d, ("_conv_forward",)),
+            (torch.ops.aten, ("convolution", "convolution_backward")),
+        ):
+            for name in names:
+                monkeypatch.setattr(owner, name, fail)
+
+    return arm

@@ -68,6 +68,8 @@ LAYERS = {
     "3x3 s2": Layer(2, 16, 9, 7, 40, 3, 3, 2, 1, 1),
     "5x5": Layer(1, 8, 7, 6, 16, 5, 5, 1, 2, 1),
     "7x7 s2": Layer(1, 3, 15, 14, 16, 7, 7, 2, 3, 1),
+    "images": Layer(3, 3, 8, 7, 24, 3, 3, 1, 1, 1),
+    "two d2": Layer(1, 2, 9, 8, 35, 3, 5, 2, 2, 2),
     "3x3 d2": Layer(1, 16, 9, 9, 16, 3, 3, 1, 2, 2),
     "3x3 s3 d2": Layer(1, 8, 11, 10, 16, 3, 3, 3, 2, 2),
     "1x3": Layer(1, 8, 6, 9, 16, 1, 3, 1, 0, 1),
@@ -379,7 +381,7 @@ def _wgrad(module, out, g, x, geometry, bn, norm):
     ("none", False, False), ("none", False, True), ("bn", False, True), ("bn", True, True),
     ("frozen", True, False),
 ], ids=str)  # fmt: skip
-@layers(("1x1", "1x1 odd", "1x1 s2", "3x3 odd", "3x3 s2", "7x7 s2"))
+@layers(("1x1", "1x1 odd", "1x1 s2", "3x3 odd", "3x3 s2", "7x7 s2", "images", "two d2"))
 def test_wgrad(triton, layer, dtype, mode, masked, norm):
     random, x, w, g, bn = gradient_case(layer, dtype, mode, masked)
     affine = random.norm(layer.c) if norm else None

@@ -132,7 +132,10 @@ def test_opcheck() -> None:
         o.bn_relu_maxpool: (x, *vectors, True, 1e-5, 3, 2, 1),
         o.conv_bn_act: (
             x, u.conv.weight, None, u.conv.geometry(), *vectors, True, 1e-5, r, *none, False, 0.0,
-            True, True,
+            True, True, "b",
+        ),
+        o.conv_bn_relu_maxpool: (
+            x, u.conv.weight, None, u.conv.geometry(), *vectors, True, 1e-5, 3, 2, 1, "b",
         ),
         o.residual_stage: (
             x, [u.conv.weight, v.conv.weight], *columns, [1, 1], [False, False], geometry,
@@ -401,14 +404,27 @@ def _raw_cases() -> dict:
         ),
         "conv_bn_act": (
             o.conv_bn_act,
-            (x, w, None, geometry, v, v, v, v, False, 1e-5, x, *none, False, 0.0, True, True),
-            {1: [w[:, :3], w[0]], 3: [geometry[:5], [0] * 7], 4: vecs, 6: vecs, 10: acts},
+            (x, w, None, geometry, v, v, v, v, False, 1e-5, x, *none, False, 0.0, True, True, "b"),
+            {1: [w[:, :3], w[0]], 3: [geometry[:5], [0] * 7], 4: vecs, 6: vecs, 10: acts,
+             19: ["e"]},
         ),
         "conv_bn_act_bwd": (
             o.conv_bn_act_bwd,
             (x, bits, x, w, geometry, x, st, v, v, True, None, None, None, False, True, False,
-             True, True, False),
-            {0: acts, 1: masks, 4: [geometry[:5]], 5: acts, 6: stats, 7: vecs},
+             True, True, False, "b"),
+            {0: acts, 1: masks, 4: [geometry[:5]], 5: acts, 6: stats, 7: vecs, 19: ["e"]},
+        ),
+        "conv_bn_relu_maxpool": (
+            o.conv_bn_relu_maxpool,
+            (x, w, None, geometry, v, v, v, v, False, 1e-5, 3, 2, 1, "b"),
+            {1: [w[:, :3], w[0]], 3: [geometry[:5], [0] * 7], 4: vecs, 6: vecs, 10: [0, 17],
+             13: ["e"]},
+        ),
+        "conv_bn_relu_maxpool_bwd": (
+            o.conv_bn_relu_maxpool_bwd,
+            (pooled, index, x, w, geometry, x, st, v, True, 3, 2, 1, "b", True, True, False),
+            {0: acts, 1: [index[:1], index.int(), index.contiguous()], 3: [w[:, :3]],
+             5: acts, 6: stats, 7: vecs, 9: [17], 12: ["e"]},
         ),
         "residual_stage": (
             o.residual_stage, stage,

@@ -43,8 +43,8 @@ BYTES_TOLERANCE, CEILING_TOLERANCE = 0.05, 0.08
 # What the ladder's kernels move on sm_90 where that is beyond the tolerance (docs/roofline.md says
 # by what); tests/test_traffic.py holds the model to the kernels.
 LADDER = {
-    "resnet50": {"d": (222.7, 16_519)},
-    "resnet18": {"c2": (56.4, 51_588), "d": (56.4, 51_588)},
+    "resnet50": {"d": (221.1, 16_621)},
+    "resnet18": {"c2": (54.8, 52_602), "d": (54.8, 52_602)},
 }
 
 
@@ -89,11 +89,10 @@ def test_rows_are_those_of_the_anchors():
     """Rows in which our accounting is ANCHORS' own, to its rounding, and what the ladder adds;
     docs/roofline.md has the others (pool indices, the fused stem, recomputed activations, the
     projection's gradient)."""
-    stem = 1.6  # its statistics are a pass on every rung
     ends = 3.2  # of the last block of each layer, not of the network
     rows = {
         "conv fprop": dict.fromkeys(("a", "b", "c1", "c2", "d"), 42),
-        "BN, ReLU, add, pool forward": {"a": 141 + 1.4, "c1": 36 + stem, "c2": 36 + stem},
+        "BN, ReLU, add, pool forward": {"a": 141 + 1.4, "c1": 36, "c2": 36},
         "block-end and shortcut backward": {"a": 34, "b": 90 + 9.6, "c1": 40 + ends},
         "other BN, ReLU, pool backward": {"a": 171 + 1.4},
         "dgrad": {"a": 42, "b": 42, "c1": 34 + 1.05, "c2": 55 + 2.1},
@@ -432,7 +431,7 @@ def test_fastres_modules_are_fused_by_their_own_spec():
     shape = (2, 3, 8, 8)
     before = fastres.report(blocks).counters
     assert [k[0] for k in kernels_of(blocks, "c2", "0", shape=shape)] == [
-        "fprop", "bn_stats", "bn_apply", "bn_bwd_reduce", "bn_bwd_apply", "wgrad",
+        "fprop", "bn_apply", "bn_bwd_reduce", "wgrad",
     ]  # fmt: skip
     ours = kernels_of(blocks, "b", "1.", shape=shape)
     theirs = kernels_of(twin, "b", "1.", shape=(2, 16, 8, 8))

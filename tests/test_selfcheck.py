@@ -184,19 +184,19 @@ def test_a_pass_is_remembered_and_a_failure_is_not(cache, monkeypatch, caplog):
     assert selfcheck.obstacle(x, "passes") is None
     assert len(runs) == 1
     (file,) = cache.glob("checked-*.json")
-    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v2"]
+    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v3"]
     selfcheck.forget()  # another process
     assert selfcheck.obstacle(x, "passes") is None and len(runs) == 1
 
     monkeypatch.setattr(module, "bn_relu_maxpool", lambda *args: None)
     reason = selfcheck.obstacle(x, "pool")
     assert "the cpu kernels failed their self-check on" in reason and reason in caplog.text
-    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v2"]
+    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v3"]
     assert selfcheck.obstacle(x.double(), "pool") is None  # the reference runs that
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes float32 v2"]}']
+    "text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes float32 v3"]}']
 )
 def test_a_corrupt_or_foreign_memory_is_not_trusted(cache, text, monkeypatch):
     backend("cpu")

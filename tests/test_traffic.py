@@ -33,6 +33,10 @@ LAYERS = {
     "3x3 s2": Layer(2, 16, 9, 7, 24, 3, 3, 2, 1, 1),
     "3x3 d2": Layer(1, 16, 9, 9, 16, 3, 3, 1, 2, 2),
 }
+IMAGES = {
+    "7x7 s2": Layer(2, 3, 13, 12, 24, 7, 7, 2, 3, 1),
+    "3x3 images": Layer(2, 3, 9, 8, 16, 3, 3, 1, 1, 1),
+}
 
 
 DTYPE = pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -42,7 +46,7 @@ def layers(*names: str):
     """All in fp32, which the interpreter is quickest at; a dense and a strided one in bf16."""
     cases = [(n, "fp32") for n in names] + [(n, "bf16") for n in names if n in ("1x1", "3x3 s2")]
     return pytest.mark.parametrize(
-        "layer, dtype", [pytest.param(LAYERS[n], d, id=f"{d}-{n}") for n, d in cases]
+        "layer, dtype", [pytest.param((LAYERS | IMAGES)[n], d, id=f"{d}-{n}") for n, d in cases]
     )
 
 
@@ -91,7 +95,7 @@ def inputs(layer: Layer, dtype: str):
 
 @pytest.mark.parametrize("prologue", ["none", "norm_relu"])
 @pytest.mark.parametrize("epilogue", ["none", "stats"])
-@layers(*LAYERS)
+@layers(*LAYERS, *IMAGES)
 def test_fprop(triton, layer, dtype, prologue, epilogue):
     random, x, w = inputs(layer, dtype)
     y = empty(layer.out, dtype)
@@ -166,7 +170,7 @@ def test_dgrad(triton, layer, dtype, form):
 
 @pytest.mark.parametrize("x_prologue", ["none", "norm_relu"])
 @pytest.mark.parametrize("dy_prologue", ["none", "dbn", "mask_dbn"])
-@layers(*LAYERS)
+@layers(*LAYERS, *IMAGES)
 def test_wgrad(triton, layer, dtype, dy_prologue, x_prologue):
     form = (dy_prologue, "gate_sums", False)
     random, x, w, g, bn, *_ = backward(layer, dtype, form)
@@ -277,7 +281,7 @@ def step(net: nn.Module, x: Tensor, rung: str) -> list:
     """The calls of a training step of the layer, as one stage."""
     from fastres.nn import block_of
 
-    fused = fastres.convert(net)
+    fused = fastres.convert(net, fusion="b")
     x = x.clone().requires_grad_()
     with fastres.use_backend("triton"), metered() as calls:
         if rung == "b":
@@ -313,6 +317,28 @@ def test_a_stage_moves_what_the_model_says(triton, kind, rung):
 def _sorted(kernel):
     op, reads, writes = kernel
     return op, sorted(reads.items()), sorted(writes.items())
+
+
+@pytest.mark.parametrize("rung", ["b", "c1", "c2"])
+@pytest.mark.parametrize("pool", [True, False], ids=["pool", "no pool"])
+def test_a_stem_moves_what_the_model_says(triton, pool, rung):
+    from test_stem import Cifar, network
+
+    net = network() if pool else Cifar()
+    x = torch.randn(2, 3, 14, 13).contiguous(memory_format=torch.channels_last)
+    expected = [
+        (k.op, {a.tensor: a.bytes for a in k.reads}, {a.tensor: a.bytes for a in k.writes})
+        for k in roofline.model(net, x, "fp32", rung).kernels
+        if k.path.startswith(("conv1", "maxpool", "stem")) and not (k.shape and rung == "b")
+    ]
+    fused = fastres.convert(net, fusion=rung)
+    if not pool:
+        fused.stem._fastres.rung = rung
+    with fastres.use_backend("triton"), metered() as calls:
+        z = fused.fused_forward(x) if pool else fused.stem(x)
+        z.backward(torch.ones_like(z))
+    found = [in_formulas_words(call) for call in calls]
+    assert sorted(map(repr, map(_sorted, found))) == sorted(map(repr, map(_sorted, expected)))
 
 
 # --- what a GPU's tables change -------------------------------------------------------------------

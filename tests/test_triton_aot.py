@@ -51,7 +51,8 @@ def test_triton_kernels_compile_within_budget(target):
     assert len(kernels) >= 15, sorted(kernels)
     dots = {r.kernel for r in records if sum(r.dots)}
     assert dots == {
-        f"_conv_{k}_kernel" for k in ("fprop", "dgrad", "wgrad", "bwd_pointwise")
+        f"_conv_{k}_kernel"
+        for k in ("fprop", "dgrad", "wgrad", "bwd_pointwise", "few_fprop", "few_wgrad")
     }, "a kernel without a dot, or a new one"  # fmt: skip
     assert not _broken(records), "\n".join(_broken(records))
 
@@ -86,6 +87,7 @@ RECORD = aot.Record(
         ({"dots": (0, 1), "matrix": {}}, "0 dots on the matrix unit, 1 on plain FMAs"),
         ({"matrix": {}}, "no matrix instruction"),
         ({"kernel": "_conv_bwd_pointwise_kernel"}, "1 dots on the matrix unit"),
+        ({"kernel": "_conv_few_fprop_kernel", "narrow_tile": (16, 1)}, "1 stores of activations"),
         ({"narrow_tile": (16, 0)}, "16 loads of activations or weights under 16 bytes"),
         ({"wide_wanted": (32, 4)}, "24 16-byte loads, wanted 32"),
         ({"wide_wanted": (8, 4), "narrow": (12, 0)}, "12 narrow loads"),

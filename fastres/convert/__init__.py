@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import memory, plan
-from fastres.nn import FusedMixin, Fusion, ResidualBlockMixin, fuse, unfuse
+from fastres.nn import FusedMixin, Fusion, fuse, unfuse
 from fastres.ops import _fixed
 from fastres.ops._ladder import parse
 
@@ -78,10 +78,12 @@ def convert(
     strict: raise ConvertError, changing nothing, when any known block or normalisation layer would
     be left unfused.
 
-    fusion: the rung of the fusion ladder on which the residual blocks train (docs/triton.md): "b"
-        fuses the passes around the vendor's convs, "c1", "c2" and "d" go into the convs, which
-        takes a GPU (fastres.kernels). None: "b", or what an earlier call chose. A forward on a
-        device whose backend has no such convs raises fastres.BackendError.
+    fusion: the rung of the fusion ladder on which blocks and stem run (docs/fusion.md): "b" fuses
+        the passes around the vendor's convs, "c1", "c2" and "d" go into the convs, which takes a
+        GPU (fastres.kernels); passes of convs may stay with the vendor, as in "c2 vendor
+        conv2.wgrad stem.fprop". None: "b", what was measured (fastres.tune), or what an earlier
+        call chose. A forward on a device whose backend has no such convs raises
+        fastres.BackendError.
 
     On the CPU the process's malloc is told to keep large buffers (fastres.memory; FASTRES_MALLOC=0
     leaves it alone). Raises TypeError for what is not a plain module: a class, or a model wrapped
@@ -115,7 +117,7 @@ def convert(
         fuse(m, match.mixin, match.spec)
     if fusion is not None:
         for m in model.modules():
-            if isinstance(m, ResidualBlockMixin):
+            if isinstance(m, FusedMixin):
                 m._fastres.rung = fusion
     p = next(model.parameters(), None)
     if p is not None and p.device.type in ("cpu", "cuda"):

@@ -13,7 +13,7 @@ from torch import nn
 from fastres import _winograd, backends, counters, inference, plan
 from fastres._layout import is_nhwc
 from fastres._spec import Spec, child, spec_obstacle
-from fastres.nn import FusedMixin
+from fastres.nn import FusedMixin, asked_rung
 from fastres.ops import Conv
 from fastres.ops._ladder import parse, vendor_reason
 
@@ -131,7 +131,7 @@ def _planned(fusion: Any) -> list[str]:
 def _rung(m: nn.Module) -> str:
     """Which rung was asked for, and which convs run on the vendor's kernels there, and why."""
     fusion: Any = getattr(m, "_fastres", None)
-    rung = getattr(fusion, "rung", None)
+    rung = None if fusion is None else asked_rung(fusion)
     if rung is None:
         return "".join(f"; {text}" for text in _planned(fusion))
     text = f'; fusion "{rung}"'

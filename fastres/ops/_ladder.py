@@ -65,7 +65,7 @@ RUNGS = {
 
 
 PASSES = ("fprop", "dgrad", "wgrad")
-_NAMED = re.compile(r"(conv[1-9]\d*|shortcut)\.(" + "|".join(PASSES) + ")")
+_NAMED = re.compile(r"(conv[1-9]\d*|shortcut|stem)\.(" + "|".join(PASSES) + ")")
 
 
 class Choice(NamedTuple):
@@ -77,7 +77,8 @@ class Choice(NamedTuple):
 
 def parse(fusion: str) -> Choice:
     """What a fusion's name stands for: a rung, or a rung above b, the word "vendor" and some
-    passes, conv1 being a block's first conv and shortcut its projection. ValueError otherwise."""
+    passes, conv1 being a block's first conv, shortcut its projection, and stem the conv of a
+    network's stem. ValueError otherwise."""
     if fusion in RUNGS:
         return Choice(RUNGS[fusion])
     name, _, rest = fusion.partition(" vendor ")
@@ -100,6 +101,47 @@ def with_vendor(fusion: str, passes: Iterable[str]) -> str:
     name, _, rest = fusion.partition(" vendor ")
     words = sorted({*rest.split(), *passes})
     return " ".join([name, "vendor", *words]) if words else name
+
+
+# Backends whose `use_backend` is a request for every conv, too: those with kernels of their own for
+# all of them. (The reference's are torch's.) c2: d's joint kernels are worth it where measured.
+OWN_CONVS = {"triton": "c2"}
+
+
+def own_rung() -> str | None:
+    """The rung that a `use_backend` asks for; None where it leaves the convs to the vendor."""
+    return OWN_CONVS.get(backends.forced() or "")
+
+
+def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
+    """The rung's name; an error where it does not exist, or x's backend cannot run it."""
+    asked = f'fusion="{fusion}"'
+    if fusion is None:
+        fusion = own_rung()
+        if fusion is None:
+            return "b"
+        asked = f'use_backend("{backends.forced()}"), which runs every conv on its own kernels,'
+    try:
+        choice = parse(fusion)
+    except ValueError as e:
+        raise ValueError(f"{op}: {e}") from None
+    if choice.rung.conv and not torch.compiler.is_compiling():  # the op itself checks when it runs
+        backend = backends.select(x)
+        if not hasattr(backend, "conv_fprop"):
+            raise backends.BackendError(
+                f"{op}: {asked} needs fused convolutions, which the {backend.NAME} "
+                f'backend does not have; use fusion="b" on {x.device.type} tensors'
+            )
+        reason = backend.conv_missing(x.device)
+        if reason is not None:
+            raise backends.BackendError(f"{op}: {asked} cannot run: {reason}")
+        if not is_nhwc(x):
+            raise backends.BackendError(
+                f"{op}: {asked} takes channels_last activations, but x has strides "
+                f"{tuple(x.stride())}; use x.to(memory_format=torch.channels_last), and the same "
+                'on the model, or fusion="b"'
+            )
+    return fusion
 
 
 class Stage(NamedTuple):

@@ -54,6 +54,29 @@ def _bn_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = dense(x, "bn_act")
     stats = bn_statistics(x, training, running_mean, running_var, eps)
+    z, mask, res_stats = apply_norm(
+        x, stats, gamma, beta, residual, res_gamma, res_beta, res_running_mean, res_running_var,
+        res_training, res_eps, relu, save,
+    )  # fmt: skip
+    return z, mask, stats, res_stats
+
+
+def apply_norm(
+    x: Tensor,
+    stats: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    residual: Tensor | None,
+    res_gamma: Tensor | None,
+    res_beta: Tensor | None,
+    res_running_mean: Tensor | None,
+    res_running_var: Tensor | None,
+    res_training: bool,
+    res_eps: float,
+    relu: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, mask, statistics of the residual) of z = act(normalise(x) + s), x's statistics given."""
     shortcut, res_stats = None, stats.new_empty((0, 0))
     if residual is not None:
         residual = in_format(residual, is_nhwc(x), "bn_act")
@@ -72,7 +95,7 @@ def _bn_act(
             )
     norm = Norm(stats, vector(gamma, x), vector(beta, x))
     z, mask = normalise(x, norm, relu, save and relu, shortcut)
-    return z, mask, stats, res_stats
+    return z, mask, res_stats
 
 
 def _bn_act_fake(x, gamma, beta, running_mean, running_var, training, eps, residual, res_gamma,

@@ -106,7 +106,11 @@ def _check(x, gamma, beta, running_mean, running_var, training, eps, kernel, str
 
 
 def _check_bwd(dz, index, x, stats, gamma, training, kernel, stride, padding):
-    op = "bn_relu_maxpool_bwd"
+    check_pool_bwd("bn_relu_maxpool_bwd", dz, index, x, stats, gamma, kernel, stride, padding)
+
+
+def check_pool_bwd(op, dz, index, x, stats, gamma, kernel, stride, padding):
+    """The gradient and index are those of x's pool."""
     check_raw(op, x, vectors={"gamma": gamma}, stats={"stats": stats})
     check_window(op, tuple(x.shape), kernel, stride, padding)
     pooled = _alloc_pooled(x.to("meta"), kernel, stride, padding, torch.uint8)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastres._contract import Gradient
+from fastres._layout import is_nhwc
+
 from ._args import (
     BatchNorm,
     Conv,
@@ -22,9 +25,30 @@ from ._args import (
     raw_bn,
     raw_conv,
 )
+from ._ladder import check_fusion, weight_like
 from ._library import define, refuse_double_backward
-from ._units import alloc_mask, alloc_stats, alloc_vectors, conv_bwd, conv_fwd, dense, needs_grad
-from .bn_act import _bn_act, _bn_act_bwd
+from ._one_conv import (
+    conv_alloc,
+    conv_grads,
+    conv_norm_act,
+    conv_norm_fwd,
+    folds,
+    norm_sums,
+    own,
+)
+from ._units import (
+    Norm,
+    alloc_mask,
+    alloc_stats,
+    alloc_vectors,
+    conv_bwd,
+    dense,
+    in_format,
+    needs_grad,
+    running_statistics,
+    vector,
+)
+from .bn_act import _bn_act_bwd, apply_norm
 from .running_stats import update_running_stats
 
 
@@ -48,11 +72,23 @@ def _conv_bn_act(
     res_eps: float,
     relu: bool,
     save: bool,
+    fusion: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y = conv_fwd(dense(x, "conv_bn"), weight, bias, geometry, training)
-    y = dense(y, "conv_bn conv output")
-    z, mask, stats, res_stats = _bn_act(
-        y, gamma, beta, running_mean, running_var, training, eps, residual, res_gamma, res_beta,
+    x = dense(x, "conv_bn")
+    running = running_mean, running_var
+    if own(fusion, "fprop") and bias is None and res_gamma is None and not (save or training):
+        stats = alloc_stats(x.new_empty((1, weight.shape[0], 1, 1)))
+        running_statistics(stats, *running, eps)
+        if residual is not None:
+            residual = in_format(residual, True, "conv_bn")
+        norm = Norm(stats, vector(gamma, x), vector(beta, x))
+        z = conv_norm_act(x, weight, geometry, norm, residual, relu)
+        return z, alloc_mask(z, False), z.new_empty(0), stats, stats.new_empty((0, 0))
+    y, stats = conv_norm_fwd(
+        x, weight, bias, geometry, *running, training, eps, fusion, "conv_bn conv output"
+    )
+    z, mask, res_stats = apply_norm(
+        y, stats, gamma, beta, residual, res_gamma, res_beta,
         res_running_mean, res_running_var, res_training, res_eps, relu, save,
     )  # fmt: skip
     return z, mask, y if save else y.new_empty(0), stats, res_stats
@@ -60,8 +96,9 @@ def _conv_bn_act(
 
 def _conv_bn_act_fake(x, weight, bias, geometry, gamma, beta, running_mean, running_var, training,
                       eps, residual, res_gamma, res_beta, res_running_mean, res_running_var,
-                      res_training, res_eps, relu, save):  # fmt: skip
-    y = dense(conv_fwd(dense(x, "conv_bn"), weight, bias, geometry), "conv_bn conv output")
+                      res_training, res_eps, relu, save, fusion):  # fmt: skip
+    where = "conv_bn conv output"
+    y = conv_alloc(dense(x, "conv_bn"), weight, bias, geometry, fusion, where)
     stats = alloc_stats(y)
     res_stats = alloc_stats(y) if res_gamma is not None else stats.new_empty((0, 0))
     return (
@@ -93,17 +130,25 @@ def _conv_bn_act_bwd(
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
+    fusion: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dy, dgamma, dbeta, dres, res_dgamma = _bn_act_bwd(
-        dz, mask, y, stats, gamma, beta, training, residual, res_stats, res_gamma, res_training,
-        relu, has_shortcut,
-    )  # fmt: skip
     x = dense(x, "conv_bn backward")
-    dx, dw = conv_bwd(dy, x, weight, geometry, need_dx, need_dw, training)
     none = stats.new_empty(0)
-    db = dy.sum((0, 2, 3), dtype=stats.dtype) if need_db else none.clone()
+    if not (has_shortcut or need_db) and folds(fusion, need_dx, need_dw):
+        dz = in_format(dz, is_nhwc(y), "conv_bn backward")
+        norm = Norm(stats, vector(gamma, y), vector(beta, y))
+        g, bn = norm_sums(dz, mask if relu else None, y, norm, training)
+        dgamma, dbeta, dres, res_dgamma = bn.dgamma, bn.dbeta, none, none.clone()
+    else:
+        dy, dgamma, dbeta, dres, res_dgamma = _bn_act_bwd(
+            dz, mask, y, stats, gamma, beta, training, residual, res_stats, res_gamma,
+            res_training, relu, has_shortcut,
+        )  # fmt: skip
+        g, bn = Gradient(dy), None
+    dx, dw = conv_grads(g, bn, x, weight, geometry, need_dx, need_dw, training, fusion)
+    db = g.dz.sum((0, 2, 3), dtype=stats.dtype) if need_db else none.clone()
     return (
-        none if dx is None else dx,
+        none.clone() if dx is None else dx,
         none.clone() if dw is None else dw,
         db,
         dgamma,
@@ -115,10 +160,11 @@ def _conv_bn_act_bwd(
 
 def _conv_bn_act_bwd_fake(dz, mask, x, weight, geometry, y, stats, gamma, beta, training, residual,
                           res_stats, res_gamma, res_training, relu, has_shortcut, need_dx, need_dw,
-                          need_db):  # fmt: skip
-    dx, dw = conv_bwd(
-        torch.empty_like(y), dense(x, "conv_bn backward"), weight, geometry, need_dx, need_dw
-    )
+                          need_db, fusion):  # fmt: skip
+    x = dense(x, "conv_bn backward")
+    dx, dw = conv_bwd(torch.empty_like(y), x, weight, geometry, need_dx, need_dw)
+    dx = torch.empty_like(x) if need_dx and own(fusion, "dgrad") else dx
+    dw = weight_like(weight) if need_dw and own(fusion, "wgrad") else dw
     db, dgamma, dbeta, res_dgamma = alloc_vectors(y, 4)
     none = stats.new_empty(0)
     return (
@@ -134,8 +180,9 @@ def _conv_bn_act_bwd_fake(dz, mask, x, weight, geometry, y, stats, gamma, beta, 
 
 def _check(x, weight, bias, geometry, gamma, beta, running_mean, running_var, training, eps,
            residual, res_gamma, res_beta, res_running_mean, res_running_var, res_training, res_eps,
-           relu, save):  # fmt: skip
+           relu, save, fusion):  # fmt: skip
     op = "conv_bn_act"
+    check_fusion(op, fusion, x)
     bn = raw_bn(gamma, beta, running_mean, running_var, training)
     shape = check_conv_bn(op, x, raw_conv(op, weight, bias, geometry), bn)
     if residual is not None:
@@ -145,13 +192,20 @@ def _check(x, weight, bias, geometry, gamma, beta, running_mean, running_var, tr
             check_bn(op, shape, x, res, "residual_bn")
 
 
-def _check_bwd(dz, mask, x, weight, geometry, y, stats, gamma, beta, training, residual, res_stats,
-               res_gamma, res_training, relu, has_shortcut, need_dx, need_dw, need_db):  # fmt: skip
-    op = "conv_bn_act_bwd"
+def check_conv_output(op: str, x: Tensor, weight: Tensor, geometry: list[int], y: Tensor) -> None:
+    """x and weight fit, and y is like what the conv makes of them."""
     check_activation(op, "x", x)
     conv = raw_conv(op, weight, None, geometry)
     check_conv(op, x, conv)
     check_like(op, "y", y, x, conv_out_shape(op, tuple(x.shape), conv))
+
+
+def _check_bwd(dz, mask, x, weight, geometry, y, stats, gamma, beta, training, residual, res_stats,
+               res_gamma, res_training, relu, has_shortcut, need_dx, need_dw, need_db,
+               fusion):  # fmt: skip
+    op = "conv_bn_act_bwd"
+    check_conv_output(op, x, weight, geometry, y)
+    check_fusion(op, fusion, x)
     check_raw(
         op,
         y,
@@ -165,7 +219,7 @@ def _check_bwd(dz, mask, x, weight, geometry, y, stats, gamma, beta, training, r
 def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     (x, weight, bias, ctx.geometry, gamma, beta, _, _, ctx.training, _, residual, res_gamma,
-     res_beta, _, _, ctx.res_training, _, ctx.relu, ctx.save) = inputs  # fmt: skip
+     res_beta, _, _, ctx.res_training, _, ctx.relu, ctx.save, ctx.fusion) = inputs  # fmt: skip
     _, mask, y, stats, res_stats = output
     dual = res_gamma is not None
     ctx.has_shortcut = residual is not None
@@ -187,6 +241,7 @@ def _backward(ctx, dz, *_):
     dx, dw, db, dgamma, dbeta, dres, res_dgamma = torch.ops.fastres.conv_bn_act_bwd(
         dz, mask, x, weight, ctx.geometry, y, stats, gamma, beta, ctx.training, residual, res_stats,
         res_gamma, ctx.res_training, ctx.relu, ctx.has_shortcut, need_x, need_w, need_b,
+        ctx.fusion,
     )  # fmt: skip
     dual = res_gamma is not None
     return (
@@ -197,7 +252,7 @@ def _backward(ctx, dz, *_):
         dres if ctx.has_shortcut else None,
         res_dgamma.to(res_gamma.dtype) if dual else None,
         dbeta.to(res_beta.dtype) if dual else None,
-        None, None, None, None, None, None,
+        None, None, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -206,7 +261,8 @@ define(
     "Tensor stats, "
     "Tensor gamma, Tensor beta, bool training, Tensor? residual, Tensor? res_stats, Tensor? "
     "res_gamma, "
-    "bool res_training, bool relu, bool has_shortcut, bool need_dx, bool need_dw, bool need_db) "
+    "bool res_training, bool relu, bool has_shortcut, bool need_dx, bool need_dw, bool need_db, "
+    "str fusion) "
     "-> (Tensor dx, Tensor dw, Tensor db, Tensor dgamma, Tensor dbeta, Tensor dres, Tensor "
     "res_dgamma)",
     _conv_bn_act_bwd,
@@ -220,7 +276,8 @@ define(
     "Tensor? res_gamma, "
     "Tensor? res_beta, Tensor? res_running_mean, Tensor? res_running_var, bool res_training, "
     "float res_eps, "
-    "bool relu, bool save) -> (Tensor z, Tensor mask, Tensor y, Tensor stats, Tensor res_stats)",
+    "bool relu, bool save, str fusion) "
+    "-> (Tensor z, Tensor mask, Tensor y, Tensor stats, Tensor res_stats)",
     _conv_bn_act,
     _conv_bn_act_fake,
     _setup,
@@ -237,8 +294,10 @@ def _run(
     residual: Tensor | None,
     residual_bn: BatchNorm | None,
     relu: bool,
+    fusion: str | None,
 ) -> Tensor:
     shape = check_conv_bn(op, x, conv, bn)
+    fusion = check_fusion(op, fusion, x)
     if residual is not None:
         check_like(op, "residual", residual, x, shape)
     gamma, beta = bn.affine(shape[1], x)
@@ -254,7 +313,7 @@ def _run(
     save = needs_grad(x, conv.weight, conv.bias, gamma, beta, residual, res[0], res[1])
     z, _, _, stats, res_stats = torch.ops.fastres.conv_bn_act(
         x, conv.weight, conv.bias, conv.geometry(), gamma, beta, *bn.running(shape[1], x),
-        bn.training, bn.eps, residual, *res, relu, save,
+        bn.training, bn.eps, residual, *res, relu, save, fusion,
     )  # fmt: skip
     bns = [bn] if residual_bn is None else [bn, residual_bn]
     count = shape[0] * shape[2] * shape[3]
@@ -262,21 +321,25 @@ def _run(
     return z
 
 
-def conv_bn(x: Tensor, conv: Conv, bn: BatchNorm) -> Tensor:
+def conv_bn(x: Tensor, conv: Conv, bn: BatchNorm, fusion: str | None = None) -> Tensor:
     """batch_norm(conv2d(x)); see `conv_bn_relu`."""
-    return _run("conv_bn", x, conv, bn, None, None, False)
+    return _run("conv_bn", x, conv, bn, None, None, False, fusion)
 
 
-def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm) -> Tensor:
+def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm, fusion: str | None = None) -> Tensor:
     """relu(batch_norm(conv2d(x))).
 
     x: (N, C, H, W), float32, bfloat16 or float16 (float64 by the reference), channels_last or
     contiguous. conv: weight (K, C / groups, R, S), used in x's dtype; bn: vectors of K elements,
-    its running statistics updated in place when training. Returns (N, K, H', W') in the conv's
-    output layout. Raises ValueError or TypeError that names the argument before anything is
-    computed; torch's own ValueError for one value per channel in training. Source: Ioffe & Szegedy
-    2015, section 3.2; He et al. 2015, section 3.4 (BN after each conv, before activation)."""
-    return _run("conv_bn_relu", x, conv, bn, None, None, True)
+    its running statistics updated in place when training. fusion: the rung of the ladder, "b" (the
+    vendor's conv), "c1", "c2" or "d" (the backend's own), with the passes left to the vendor as in
+    "c1 vendor stem.wgrad"; None: "b", under use_backend("triton") "c2". Returns (N, K, H', W') in
+    the conv's output layout. Raises ValueError or TypeError that names the argument before anything
+    is computed; torch's own ValueError for one value per channel in training; BackendError where
+    `fusion` asks for what the backend does not have, or for it on an x that is not channels_last.
+    Source: Ioffe & Szegedy 2015, section 3.2; He et al. 2015, section 3.4 (BN after each conv,
+    before activation)."""
+    return _run("conv_bn_relu", x, conv, bn, None, None, True, fusion)
 
 
 def conv_bn_add_relu(
@@ -285,9 +348,10 @@ def conv_bn_add_relu(
     bn: BatchNorm,
     residual: Tensor,
     residual_bn: BatchNorm | None = None,
+    fusion: str | None = None,
 ) -> Tensor:
     """relu(batch_norm(conv2d(x)) + s), s = residual, or batch_norm(residual) by `residual_bn`.
 
     residual: of the conv's output shape, x's dtype and device. Otherwise as `conv_bn_relu`.
     Source: He et al. 2015, eq. 1 and 2."""
-    return _run("conv_bn_add_relu", x, conv, bn, residual, residual_bn, True)
+    return _run("conv_bn_add_relu", x, conv, bn, residual, residual_bn, True, fusion)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastres import backends
-from fastres._layout import is_dense, is_nhwc
+from fastres._layout import is_dense
 
 from ._args import (
     BatchNorm,
@@ -35,6 +35,7 @@ from ._args import (
 from ._fixed import fixed_norm
 from ._ladder import (
     Stage,
+    check_fusion,
     conv_output,
     forward,
     fuses,
@@ -414,11 +415,12 @@ def residual_block(
     contiguous. units: the K >= 1 convs (without bias) with their batch norms; weights of another
     dtype are used in x's. shortcut: the projection's conv and batch norm; None for the identity,
     which needs the output to have x's shape. fusion: the rung of the ladder, "b", "c1", "c2" or "d"
-    (None: "b"), above "b" with the passes of convs that the vendor's kernels run, as in
-    "c2 vendor conv2.wgrad shortcut.fprop". Running statistics of training batch norms are updated
-    in place. Returns z in the convs' output layout. Raises ValueError or TypeError that names the
-    argument, before anything is computed; BackendError where `fusion` asks for convs that the
-    backend does not have, or for them on an x that is not channels_last."""
+    (None: "b", under use_backend("triton") "c2"), above "b" with the passes of convs that the
+    vendor's kernels run, as in "c2 vendor conv2.wgrad shortcut.fprop". Running statistics of
+    training batch norms are updated in place. Returns z in the convs' output layout. Raises
+    ValueError or TypeError that names the argument, before anything is computed; BackendError where
+    `fusion` asks for convs that the backend does not have, or for them on an x that is not
+    channels_last."""
     return _run("residual_block", x, [Block(units, shortcut)], fusion)
 
 
@@ -431,40 +433,14 @@ def residual_stage(x: Tensor, blocks: list[Block], fusion: str | None = None) ->
     return _run("residual_stage", x, blocks, fusion)
 
 
-def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
-    """The rung's name; an error where it does not exist, or x's backend cannot run it."""
-    if fusion is None:
-        return "b"
-    try:
-        choice = parse(fusion)
-    except ValueError as e:
-        raise ValueError(f"{op}: {e}") from None
-    if choice.rung.conv:
-        backend = backends.select(x)
-        if not hasattr(backend, "conv_fprop"):
-            raise backends.BackendError(
-                f'{op}: fusion="{fusion}" needs fused convolutions, which the {backend.NAME} '
-                f'backend does not have; use fusion="b" on {x.device.type} tensors'
-            )
-        reason = backend.conv_missing(x.device)
-        if reason is not None:
-            raise backends.BackendError(f'{op}: fusion="{fusion}" cannot run: {reason}')
-        if not is_nhwc(x):
-            raise backends.BackendError(
-                f'{op}: fusion="{fusion}" takes channels_last activations, but x has strides '
-                f"{tuple(x.stride())}; use x.to(memory_format=torch.channels_last), and the same "
-                'on the model, or fusion="b"'
-            )
-    return fusion
-
-
 def check_passes(op: str, fusion: str, blocks: list[Block]) -> None:
     """The convs that a fusion leaves to the vendor exist in some block."""
     there = {f"conv{i + 1}" for units, _ in blocks for i in range(len(units))}
     there |= {"shortcut" for _, shortcut in blocks if shortcut is not None}
+    there |= {"stem"}  # of the network that the fusion was asked for
     for name in sorted(parse(fusion).vendor):
         if name.partition(".")[0] not in there:
-            known = ", ".join(sorted(there))
+            known = ", ".join(sorted(there - {"stem"}))
             raise ValueError(f"{op}: fusion={fusion!r} names {name}; the convs are {known}")
 
 

@@ -1,7 +1,7 @@
 """Rungs b to d of DESIGN.md section 4 and folded inference: the kernels of a fused block or stem.
 
 What fastres/ops/_ladder.py launches for a layer's blocks as one stage, kernel for kernel, and
-fastres/nn.py for a stem, which is on rung b always."""
+conv_bn_relu_maxpool.py or conv_bn.py for a stem."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Fused:
     links: Links
 
     def ours(self, op: Op) -> bool:
-        """Whether a block's conv runs on our kernels: above b."""
+        """Whether a block's or stem's conv runs on our kernels: above b."""
         return self.name != "b"
 
     # --- forward ----------------------------------------------------------------------------------
@@ -107,8 +107,7 @@ class Fused:
     def _stem_forward(self, region: Region) -> list[Kernel]:
         (conv,) = region.convs
         end = self._apply(conv, mask=True) if region.pool is None else self._pool(region)
-        stats = traffic.bn_stats(_conv(conv).y, self.dtype)
-        return [self._fprop(conv), kernel("bn_stats", "forward", conv.path, stats, FORWARD), end]
+        return [*self._conv_stats(conv), end]
 
     def end_moves(self, region: Region) -> bool:
         """Rung d: the block's normalise-add-ReLU runs in the prologue of the next block's first
@@ -314,11 +313,13 @@ class Fused:
             reduce = traffic.bn_relu_maxpool_bwd_reduce(y, z, dtype)
             apply = traffic.bn_relu_maxpool_bwd_apply(y, z, dtype)
             at, op, note = region.pool, "bn_relu_maxpool_bwd", "none"
-        return [
-            self._bwd(f"{op}_reduce", at, reduce, BACKWARD, note),
-            self._bwd(f"{op}_apply", at, apply, BACKWARD, note),
-            *conv_backward(conv, dtype),
-        ]
+        found = [self._bwd(f"{op}_reduce", at, reduce, BACKWARD, note)]
+        if region.pool is None and self.name in ("c2", "d") and self.ours(conv):
+            return found + self._gradients(conv, "mask_dbn", "none")
+        found.append(self._bwd(f"{op}_apply", at, apply, BACKWARD, note))
+        return found + (
+            self._gradients(conv, "none", "none") if self.ours(conv) else conv_backward(conv, dtype)
+        )
 
 
 _PREFIX = {"none": "", "identity": "add_", "dual": "dual_add_"}
