@@ -63,8 +63,7 @@ def _act(x: Tensor) -> tuple[int, bool, int, int, int]:
 
 
 def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
-    """y = conv(x) or conv(relu(normalise(x))), and the batch statistics of y."""
-    assert shortcut is None and z is None and mask is None, "not a form of these kernels"
+    """y = conv(h) and its statistics, h = x or relu(normalise(x) + shortcut)."""
     cuda = _native()
     n, c, h, w = x.shape
     k = y.shape[1]
@@ -73,9 +72,11 @@ def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
     if stats is not None:
         work = _workspace(native.pointwise_fprop_floats(n * h * w, c, k), x)
     rows = (None,) * 3 if stats is None else stats.unbind(0)
+    other, other_norm = (None, None) if shortcut is None else shortcut
     native.pointwise_fprop(
-        y.data_ptr(), *map(ptr, rows), x.data_ptr(), weight.data_ptr(), *_vectors(norm),
-        norm is not None, float(eps), k, ptr(work), *_act(x), *cuda._place(x),
+        y.data_ptr(), *map(ptr, rows), ptr(z), ptr(mask), x.data_ptr(), weight.data_ptr(),
+        _vectors(norm), norm is not None, ptr(other), _vectors(other_norm),
+        other_norm is not None, float(eps), k, ptr(work), *_act(x), *cuda._place(x),
     )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
     cuda = _native()
     weight = _rows(weight)
     cuda._module().pointwise_fprop_act(
-        z.data_ptr(), x.data_ptr(), weight.data_ptr(), *_vectors(norm), ptr(residual), bool(relu),
+        z.data_ptr(), x.data_ptr(), weight.data_ptr(), _vectors(norm), ptr(residual), bool(relu),
         z.shape[1], *_act(x), *cuda._place(x),
     )  # fmt: skip
 

@@ -25,14 +25,17 @@ COLUMNS = ("arch", "kernel", "dtype", "lanes", "dual", "registers", "stack", "lo
            "wide_loads", "wide_stores", "half_loads", "half_stores", "local_accesses",
            "wgmma", "copies")  # fmt: skip
 DTYPES = {"f": "fp32", "NS0_4BF16E": "bf16", "NS0_3F16E": "fp16"}
-NAME = re.compile(r"\d+([a-z_]+_kernel)(?:I(f|NS0_4BF16E|NS0_3F16E)(?:Li(\d+)E)?(?:Lb(\d)E)?E)?")
+NAME = re.compile(r"\d+([a-z_]+_kernel)(?:I(f|NS0_4BF16E|NS0_3F16E)(?:Li(\d+)E)?(?:L[bi](\d)E)?E)?")
 REGISTERS = 128  # 65,536 of an SM over two blocks of 256 threads
 SHARED = 48 << 10  # of a block without asking for more
 POINTWISE = 168  # registers at launch: 65,536 over 384 threads; setmaxnreg gives consumers 232
 # Four wgmmas for each of the two buffers of fragments, the copies that keep a ring full, and the
 # 16-byte stores of an epilogue (wgrad stores fragments, 8 bytes a lane).
+FORMS = ("", " block", " act")
 WGMMA = {
     "pointwise_fprop_kernel": (8, 3, 4),
+    "pointwise_fprop_kernel block": (8, 4, 4),
+    "pointwise_fprop_kernel act": (8, 3, 4),
     "pointwise_dgrad_kernel": (8, 3, 4),
     "pointwise_wgrad_kernel": (8, 3, 0),
 }
@@ -82,6 +85,8 @@ def _named(mangled: str) -> dict | None:
     if found is None:
         return None
     kernel, dtype, lanes, dual = found.groups()
+    if kernel == "pointwise_fprop_kernel":
+        kernel, dual = kernel + FORMS[int(dual)], None
     return {"kernel": kernel, "dtype": DTYPES.get(dtype or "", "any"), "lanes": int(lanes or 1),
             "dual": dual == "1"}  # fmt: skip
 

@@ -31,7 +31,8 @@ from test_conv import (
 
 from fastres import _cuda_pointwise as pointwise
 from fastres import _reference_backend as reference
-from fastres._contract import Gradient, Normalise, NormGradient
+from fastres._contract import Gradient, Normalise, NormGradient, Shortcut
+from fastres._layout import mask_shape
 
 if not cuda_host.wanted():
     if not torch.cuda.is_available():
@@ -99,6 +100,20 @@ def test_fprop(cuda, layer, dtype, norm):
 def test_fprop_without_statistics(cuda, layer, dtype):
     outputs, inputs = fprop_case(layer, dtype, True, stats=False)
     check(cuda, dtype, outputs, _fprop, *inputs)
+
+
+@pytest.mark.parametrize("kind", ["identity", "dual", "identity no mask", "dual no z"])
+@layers(("few", "tiles", "deep"))
+def test_fprop_writes_the_block_output(cuda, layer, dtype, kind):
+    outputs, (x, w, geometry, norm) = fprop_case(layer, dtype, True)
+    random = Random(dtype, "block", layer)
+    res = random.activation(*x.shape)
+    shortcut = Shortcut(res, random.norm(layer.c) if "dual" in kind else None)
+    if "no z" not in kind:
+        outputs["z"] = tuple(x.shape)
+        if "no mask" not in kind:
+            outputs["mask"] = mask_shape(x)
+    check(cuda, dtype, outputs, _fprop, x, w, geometry, norm, shortcut)
 
 
 @pytest.mark.parametrize("residual, relu", [(True, True), (False, True), (False, False)])

@@ -19,6 +19,11 @@ struct PointwiseFpropArgs {
   const void *x, *weight;    // weight: (K, C)
   PointwiseNorm norm;        // of x
   bool has_norm;
+  const void* shortcut;  // added to the normalised x, or null: then z and z_mask are, too
+  PointwiseNorm shortcut_norm;
+  bool has_shortcut_norm;
+  void* z;          // the block's output, or null
+  uint8_t* z_mask;  // its bits, or null
   double eps;
   int64_t k;
   Act act;  // of x

@@ -14,33 +14,22 @@ namespace fastres {
 namespace cuda {
 namespace {
 
-void bind_fprop(Ptr y, Ptr mean, Ptr var, Ptr rstd, Ptr x, Ptr weight, Ptr in_mean, Ptr in_rstd,
-                Ptr in_gamma, Ptr in_beta, bool norm, double eps, I64 k, Ptr work, int dtype,
-                bool nhwc, I64 n, I64 c, I64 s, int device, Ptr stream) {
-  pointwise_fprop({any(y),
-                   f32(mean),
-                   f32(var),
-                   f32(rstd),
-                   any(x),
-                   any(weight),
-                   {f32(in_mean), f32(in_rstd), f32(in_gamma), f32(in_beta)},
-                   norm,
-                   eps,
-                   k,
-                   act(dtype, nhwc, n, c, s)},
+using NormPtrs = std::array<Ptr, 4>;  // mean, rstd, gamma, beta
+PointwiseNorm norm_of(const NormPtrs& p) { return {f32(p[0]), f32(p[1]), f32(p[2]), f32(p[3])}; }
+
+void bind_fprop(Ptr y, Ptr mean, Ptr var, Ptr rstd, Ptr z, Ptr z_mask, Ptr x, Ptr weight,
+                NormPtrs norm, bool has_norm, Ptr shortcut, NormPtrs shortcut_norm,
+                bool has_shortcut_norm, double eps, I64 k, Ptr work, int dtype, bool nhwc, I64 n,
+                I64 c, I64 s, int device, Ptr stream) {
+  pointwise_fprop({any(y), f32(mean), f32(var), f32(rstd), any(x), any(weight), norm_of(norm),
+                   has_norm, any(shortcut), norm_of(shortcut_norm), has_shortcut_norm, any(z),
+                   u8(z_mask), eps, k, act(dtype, nhwc, n, c, s)},
                   f32(work), {device, stream});
 }
 
-void bind_fprop_act(Ptr z, Ptr x, Ptr weight, Ptr mean, Ptr rstd, Ptr gamma, Ptr beta, Ptr residual,
-                    bool relu, I64 k, int dtype, bool nhwc, I64 n, I64 c, I64 s, int device,
-                    Ptr stream) {
-  pointwise_fprop_act({any(z),
-                       any(x),
-                       any(weight),
-                       {f32(mean), f32(rstd), f32(gamma), f32(beta)},
-                       any(residual),
-                       relu,
-                       k,
+void bind_fprop_act(Ptr z, Ptr x, Ptr weight, NormPtrs norm, Ptr residual, bool relu, I64 k,
+                    int dtype, bool nhwc, I64 n, I64 c, I64 s, int device, Ptr stream) {
+  pointwise_fprop_act({any(z), any(x), any(weight), norm_of(norm), any(residual), relu, k,
                        act(dtype, nhwc, n, c, s)},
                       {device, stream});
 }
@@ -79,21 +68,12 @@ void bind_dgrad(Ptr dx, std::array<Ptr, 3> sums, Ptr dz, Ptr mask, Ptr weight, N
 }
 
 void bind_wgrad(Ptr dw, I64 stride_k, I64 stride_c, Ptr dz, Ptr mask, Ptr x, NormGradientPtrs bn,
-                bool has_bn, bool training, std::array<Ptr, 4> norm, bool has_norm, I64 k, Ptr work,
+                bool has_bn, bool training, NormPtrs norm, bool has_norm, I64 k, Ptr work,
                 int dtype, bool nhwc, I64 n, I64 c, I64 s, int device, Ptr stream) {
-  pointwise_wgrad({any(dw),
-                   stride_k,
-                   stride_c,
-                   any(dz),
-                   u8(mask),
-                   any(x),
-                   norm_gradient(bn, training),
-                   has_bn,
-                   {f32(norm[0]), f32(norm[1]), f32(norm[2]), f32(norm[3])},
-                   has_norm,
-                   k,
-                   act(dtype, nhwc, n, c, s)},
-                  f32(work), {device, stream});
+  pointwise_wgrad(
+      {any(dw), stride_k, stride_c, any(dz), u8(mask), any(x), norm_gradient(bn, training), has_bn,
+       norm_of(norm), has_norm, k, act(dtype, nhwc, n, c, s)},
+      f32(work), {device, stream});
 }
 
 }  // namespace

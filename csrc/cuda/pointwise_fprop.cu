@@ -10,34 +10,37 @@ namespace {
 // fit beside them. The prologue is repeated for each tile of columns, about 70 issue slots of a
 // warp for a 16-deep slice, 140 of a scheduler, against 256 cycles of wgmma at 256 columns, 128 at
 // 128. conv_fprop_act has no prologue and more in its epilogue: it spills at 256.
-template <bool ACT>
+template <int FORM>
 int fprop_columns(int64_t k) {
-  return tile_columns(k, ACT ? 128 : 256);
+  return tile_columns(k, FORM == kAct ? 128 : 256);
 }
 
-template <bool ACT>
-Schedule fprop_schedule(int64_t rows, int64_t c, int64_t k, bool norm) {
+template <int FORM>
+Schedule fprop_schedule(int64_t rows, int64_t c, int64_t k, int row_planes) {
   Needs needs;
-  needs.row_planes = norm ? 3 : 0;
-  needs.column_planes = ACT ? 3 : 0;
-  return schedule(rows, c, k, fprop_columns<ACT>(k), needs);
+  needs.y = FORM == kBlock;
+  needs.row_planes = row_planes;
+  needs.column_planes = FORM == kAct ? 3 : 0;
+  return schedule(rows, c, k, fprop_columns<FORM>(k), needs);
 }
 
-template <bool ACT>
-void launch_fprop(Launch launch, PointwiseFprop& p, const void* x, const void* weight) {
+template <int FORM>
+void launch_fprop(Launch launch, PointwiseFprop& p, const void* x, const void* weight,
+                  const void* shortcut) {
   const Act& act = launch.act;
-  const int n = fprop_columns<ACT>(p.k);
-  p.s = fprop_schedule<ACT>(act.outer, p.c, p.k, p.norm);
+  const int n = fprop_columns<FORM>(p.k);
+  p.s = fprop_schedule<FORM>(act.outer, p.c, p.k, 3 * (p.norm + p.res_norm));
   p.x = tensor_map(launch, x, act.outer, p.c, kTileRows);
   p.w = tensor_map(launch, weight, p.k, p.c, n);
+  if (FORM == kBlock) p.shortcut = tensor_map(launch, shortcut, act.outer, p.c, kTileRows);
   launch.threads = kPointwiseThreads;
   launch.shared = static_cast<int>(p.s.bytes);
   with_half(act.dtype, [&](auto type) {
     using T = decltype(type);
     auto kernel =
-        n == 64 ? pointwise_fprop_kernel<T, 64, ACT> : pointwise_fprop_kernel<T, 128, ACT>;
-    if constexpr (!ACT) {
-      if (n == 256) kernel = pointwise_fprop_kernel<T, 256, ACT>;
+        n == 64 ? pointwise_fprop_kernel<T, 64, FORM> : pointwise_fprop_kernel<T, 128, FORM>;
+    if constexpr (FORM != kAct) {
+      if (n == 256) kernel = pointwise_fprop_kernel<T, 256, FORM>;
     }
     run(launch, p.s.chunks * p.s.columns, kernel, p);
   });
@@ -46,13 +49,13 @@ void launch_fprop(Launch launch, PointwiseFprop& p, const void* x, const void* w
 }  // namespace
 
 int64_t pointwise_fprop_floats(int64_t rows, int64_t c, int64_t k) {
-  return 2 * fprop_schedule<false>(rows, c, k, true).chunks * k;
+  return 2 * fprop_schedule<kPlain>(rows, c, k, 3).chunks * k;
 }
 
 void pointwise_fprop(const PointwiseFpropArgs& a, float* work, const Place& place) {
   const Launch launch{"conv_fprop", a.act, place};
   const OnDevice guard("conv_fprop", a.act, place);
-  check_pointwise(launch, a.k, {a.y, a.x, a.weight});
+  check_pointwise(launch, a.k, {a.y, a.x, a.weight, a.shortcut, a.z});
   PointwiseFprop p{};
   p.y = a.y;
   p.part = a.mean == nullptr ? nullptr : work;
@@ -61,9 +64,20 @@ void pointwise_fprop(const PointwiseFpropArgs& a, float* work, const Place& plac
   p.gamma = a.norm.gamma;
   p.beta = a.norm.beta;
   p.norm = a.has_norm;
+  p.res_mean = a.shortcut_norm.mean;
+  p.res_rstd = a.shortcut_norm.rstd;
+  p.res_gamma = a.shortcut_norm.gamma;
+  p.res_beta = a.shortcut_norm.beta;
+  p.res_norm = a.has_shortcut_norm;
+  p.z = a.z;
+  p.z_mask = a.z_mask;
   p.c = a.act.c;
   p.k = a.k;
-  launch_fprop<false>(launch, p, a.x, a.weight);
+  if (a.shortcut != nullptr) {
+    launch_fprop<kBlock>(launch, p, a.x, a.weight, a.shortcut);
+  } else {
+    launch_fprop<kPlain>(launch, p, a.x, a.weight, nullptr);
+  }
   if (a.mean != nullptr) {
     run(launch, ceil_div(a.k, kFinaliseChannels), pointwise_stats_finalise_kernel, a.mean, a.var,
         a.rstd, static_cast<const float*>(work), a.eps, a.k, p.s.rows, p.s.tiles * kTileRows,
@@ -85,7 +99,7 @@ void pointwise_fprop_act(const PointwiseFpropActArgs& a, const Place& place) {
   p.relu = a.relu;
   p.c = a.act.c;
   p.k = a.k;
-  launch_fprop<true>(launch, p, a.x, a.weight);
+  launch_fprop<kAct>(launch, p, a.x, a.weight, nullptr);
 }
 
 }  // namespace cuda

@@ -1,8 +1,9 @@
-// conv_fprop of a 1 x 1 convolution: y = x * w^T or relu(normalise(x)) * w^T, with the batch
-// statistics of the stored y. conv_fprop_act: z = act(normalise(x * w^T) + residual).
+// conv_fprop of a 1 x 1 convolution: y = h * w^T with the batch statistics of the stored y; h = x,
+// relu(normalise(x)), or a block's output relu(normalise(x) + shortcut), which is then written to z
+// on the way, its bits to a mask. conv_fprop_act: z = act(normalise(x * w^T) + residual).
 //
-// Reads x once from memory for all columns (other columns' blocks walk the same rows and hit in
-// L2), w once a block, writes y once.
+// Reads x (and the shortcut) once from memory for all columns (other columns' blocks walk the same
+// rows and hit in L2), w once a block, writes y (and z) once.
 // Accumulates in fp32. Statistics are (mean, M2) of 16 rows, merged by Chan's rule down a warp's
 // tiles, then over the block's warps, then over the chunks: a fixed order, no atomics.
 #pragma once
@@ -13,21 +14,50 @@
 namespace fastres {
 namespace cuda {
 
+enum FpropForm { kPlain, kBlock, kAct };
+
 struct PointwiseFprop {
-  TensorMap x, w;
+  TensorMap x, w, shortcut;
   void* y;
   float* part;                              // (2, chunks, K): mean, M2; or null
   const float *mean, *rstd, *gamma, *beta;  // of the input's norm
   bool norm;
-  const float *out_mean, *out_rstd, *out_gamma, *out_beta;  // ACT: of the output's
+  // kBlock: the shortcut's norm, and the block's output
+  const float *res_mean, *res_rstd, *res_gamma, *res_beta;
+  bool res_norm;
+  void* z;          // or null
+  uint8_t* z_mask;  // or null
+  // kAct: of the output
+  const float *out_mean, *out_rstd, *out_gamma, *out_beta;
   const void* residual;
   bool relu;
   int64_t c, k;
   Schedule s;
 };
 
-// ACT: conv_fprop_act's epilogue in place of the statistics.
-template <class T, int N, bool ACT>
+// Writes a piece of a block's output where it is in fragments, i of the step's four: words of two
+// channels, and the bits, a byte for 8 channels of a row, which four lanes have two each of.
+FASTRES_DEVICE void store_fragment(const PointwiseFprop& p, const uint32_t (&a)[4], unsigned keep,
+                                   int64_t row, int64_t channel, int pair) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {  // rows quad and quad + 8; channels 2 * pair on, and 8 more
+    const int64_t r = row + 8 * (j & 1), c = channel + 8 * (j >> 1) + 2 * pair;
+    if (r < p.s.rows && c < p.c) {
+      *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.z) + r * p.c + c) = a[j];
+    }
+  }
+  if (p.z_mask == nullptr) return;
+  // keep: two bits in each of four bytes, one for each j; a lane stores the byte of its number
+  keep <<= 2 * pair;
+  keep |= __shfl_xor_sync(kWarp, keep, 1);
+  keep |= __shfl_xor_sync(kWarp, keep, 2);
+  const int64_t r = row + 8 * (pair & 1), c = channel + 8 * (pair >> 1);
+  if (r < p.s.rows && c < p.c) {
+    p.z_mask[r * (p.c / 8) + c / 8] = static_cast<uint8_t>(keep >> (8 * pair));
+  }
+}
+
+template <class T, int N, int FORM>
 __global__ void __launch_bounds__(kPointwiseThreads, 1)
     pointwise_fprop_kernel(const FASTRES_GRID_CONSTANT PointwiseFprop p) {
 #ifdef FASTRES_SM90A
@@ -41,7 +71,11 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
     fill_affine(shared + s.row_table, kTileChannels * s.steps, 0, p.c, p.mean, p.rstd, p.gamma,
                 p.beta);
   }
-  if (ACT) {
+  if (FORM == kBlock && p.res_norm) {
+    fill_affine(shared + s.row_table + 3 * plane, kTileChannels * s.steps, 0, p.c, p.res_mean,
+                p.res_rstd, p.res_gamma, p.res_beta);
+  }
+  if (FORM == kAct) {
     fill_affine(shared + s.column_table, N, column, p.k, p.out_mean, p.out_rstd, p.out_gamma,
                 p.out_beta);
   }
@@ -63,8 +97,12 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
       produce(s, Ring(s, shared), [&](const Ring& ring, int64_t tile, int step) {
         barrier_wait(ring.empty_now(), ring.parity ^ 1u);
         const uint32_t bar = ring.full_now(), to = shared + s.stage_bytes * ring.stage;
-        barrier_expect(bar, kTileBytes + (s.resident ? 0 : N * kSwizzleBytes));
+        barrier_expect(
+            bar, kTileBytes * (FORM == kBlock ? 2 : 1) + (s.resident ? 0 : N * kSwizzleBytes));
         copy_tile(to, p.x, bar, kTileChannels * step, tile * kTileRows);
+        if (FORM == kBlock) {
+          copy_tile(to + s.y, p.shortcut, bar, kTileChannels * step, tile * kTileRows);
+        }
         if (!s.resident) copy_weights(to + s.weights, bar, step);
       });
     }
@@ -76,13 +114,45 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
     // ldmatrix: lane i points at row i % 16, channels 8 * (i / 16) on, of its warp's 16 x 16
     const int row = at.row() + (at.lane & 15);
     const uint32_t row_at = shared + kSwizzleBytes * row;
+    const bool write_z = FORM == kBlock && p.z != nullptr && column == 0;
+    int64_t tile = 0;
     const auto fragment = [&](uint32_t (&a)[4][4], int stage, int step) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t piece = static_cast<uint32_t>(2 * i + (at.lane >> 4)) ^ (row & 7);
         load_matrices<false>(a[i], row_at + s.stage_bytes * stage + 16 * piece);
-        if (p.norm) {
-          const uint32_t channel = vectors + 4 * (kTileChannels * step + 16 * i);
+        const uint32_t channel = vectors + 4 * (kTileChannels * step + 16 * i);
+        if constexpr (FORM == kBlock) {
+          uint32_t res[4];
+          load_matrices<false>(res, row_at + s.stage_bytes * stage + s.y + 16 * piece);
+          unsigned keep = 0;
+#pragma unroll
+          for (int high = 0; high < 2; ++high) {
+            const NormPair norm(channel + 4 * 8 * high, plane);
+            NormPair res_norm = norm;
+            if (p.res_norm) res_norm = NormPair(channel + 4 * 8 * high + 3 * plane, plane);
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+              const int j = 2 * high + r;
+              float x[2], other[2];
+              widen2(a[i][j], x, T{});
+              widen2(res[j], other, T{});
+              if (p.res_norm) {
+                other[0] = normalise(other[0], res_norm.mean.x, res_norm.scale.x, res_norm.beta.x);
+                other[1] = normalise(other[1], res_norm.mean.y, res_norm.scale.y, res_norm.beta.y);
+              }
+              x[0] = normalise(x[0], norm.mean.x, norm.scale.x, norm.beta.x) + other[0];
+              x[1] = normalise(x[1], norm.mean.y, norm.scale.y, norm.beta.y) + other[1];
+              keep |= (passes_stored<T>(x[0]) ? 1u : 0u) << (8 * j);
+              keep |= (passes_stored<T>(x[1]) ? 2u : 0u) << (8 * j);
+              a[i][j] = narrow2_relu(x[0], x[1], T{});
+            }
+          }
+          if (write_z) {
+            store_fragment(p, a[i], keep, tile * kTileRows + at.row() + at.quad,
+                           kTileChannels * step + 16 * i, at.pair);
+          }
+        } else if (p.norm) {
           const NormPair low(channel, plane), high(channel + 4 * 8, plane);
           a[i][0] = low.activate(a[i][0], T{});
           a[i][1] = low.activate(a[i][1], T{});
@@ -102,7 +172,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
     Multiply<N, false, T> multiply{acc, ring, 0};
     float n = 0.0f, mean[N / kPanel] = {}, m2[N / kPanel] = {};  // of column `lane` of each panel
     const Tiles tiles(s);
-    for (int64_t tile = tiles.first; tile < tiles.end; ++tile) {
+    for (tile = tiles.first; tile < tiles.end; ++tile) {
       multiply(s.steps, fragment, b);
 
       const int64_t first = tile * kTileRows + at.row();
@@ -123,7 +193,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
           const int64_t to = (first + r) * p.k + column + offset;
           float v[8];
           staged_unit(v, staging, r, at.pair);
-          if (ACT) {
+          if (FORM == kAct) {
             Affine<8> norm;
             table_unit(norm.mean, shared + s.column_table, offset);
             table_unit(norm.scale, shared + s.column_table, N + offset);
@@ -144,7 +214,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
         }
 
         // 6. statistics of the stored values: a column a lane
-        if (!ACT && p.part != nullptr && count > 0) {
+        if (FORM != kAct && p.part != nullptr && count > 0) {
           float y[16], tile_mean = 0.0f, tile_m2 = 0.0f;
 #pragma unroll
           for (int r = 0; r < 16; ++r) {
@@ -166,7 +236,7 @@ __global__ void __launch_bounds__(kPointwiseThreads, 1)
     }
 
     // 7. merge the block's warps in order, store partials
-    if (!ACT && p.part != nullptr) {
+    if (FORM != kAct && p.part != nullptr) {
 #pragma unroll
       for (int panel = 0; panel < N / kPanel; ++panel) {
         store_shared(staging + 8 * (kPanel * panel + at.lane), make_float2(mean[panel], m2[panel]));
