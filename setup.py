@@ -132,7 +132,10 @@ def cuda_lines(info: dict) -> list[str]:
     cuda = info["cuda"]
     if cuda is None:
         return []
-    return [f"  CUDA kernels: built: nvcc {cuda['nvcc']} for {cuda['code']}"]
+    lines = [f"  CUDA kernels: built: nvcc {cuda['nvcc']} for {cuda['code']}"]
+    if cuda["convolutions"]:
+        lines.append(f"  CUDA convolutions: built: {cuda['convolutions']} for 90a")
+    return lines
 
 
 def replace(source: Path, target: Path) -> None:

@@ -29,6 +29,7 @@ DTYPES = "fp32, bf16, fp16"
 TRITON = "sm_80, sm_90, sm_100, gfx942"
 ANY = "NHWC or NCHW, any C"
 CONV = "test_conv.py"
+CUDA_CONV = "test_cuda_conv.py"
 
 
 HEAD = """\
@@ -59,7 +60,9 @@ def _rows() -> list[tuple[str, str, str, str, str]]:
             rows.append((op, "cpu", "-", "-", "oneDNN, and Winograd for 3x3: rung b"))
             rows.append((op, "triton", TRITON, "fp32 (TF32), bf16, fp16",
                          "NHWC; `conv_why_not` tells the rest"))  # fmt: skip
-            rows.append((op, "cuda", "-", "-", "none yet: the vendor's convolutions, rung b"))
+            rows.append((op, "cuda", "sm_90a, CUTLASS", "bf16, fp16",
+                         "NHWC, C % 8 == 0, one group; normalised inputs and dy are formed "
+                         "by passes before the conv; dgrad, then wgrad"))  # fmt: skip
             continue
         stem = file == "test_bn_relu_maxpool.py"
         window = "; square window up to 15, padding at most half of it" if stem else ""
@@ -88,7 +91,7 @@ def hardware(backend: str, file: str, runs: list[dict]) -> str:
     if backend == "cpu":
         return "every test run" if file != CONV else "-"
     if backend == "cuda" and file == CONV:
-        return "-"
+        file = CUDA_CONV
     said = []
     for run in runs:
         counts = run.get("by_backend", {}).get(backend, {}).get(file)

@@ -162,3 +162,66 @@ def bn_relu_maxpool_bwd_apply(
         ptr(gamma), ptr(dgamma), ptr(dbeta), kernel, stride, padding, bool(training),
         *pool_sizes(x, dz), *_place(x),
     )  # fmt: skip
+
+
+# --- convolutions: the pointwise kernels where they take the form, CUTLASS for the rest -----------
+
+from . import _cuda_cutlass, _cuda_pointwise  # noqa: E402 (they call the functions above)
+from ._cuda_cutlass import (  # noqa: E402
+    conv_bwd_pointwise,
+    conv_bwd_pointwise_why_not,
+    conv_missing,
+    conv_why_not,
+)
+
+
+def _pointwise(x: Tensor, weight: Tensor, geometry, *others: Tensor | None) -> bool:
+    """Whether the pointwise kernels take the conv, and all tensors lie as they want them."""
+    return _cuda_pointwise.why_not(x, weight, geometry) is None and _cuda_pointwise.aligned(
+        x, weight, *others
+    )
+
+
+def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
+    """y = conv(h) and its statistics, h = x or relu(normalise(x) + shortcut)."""
+    other = None if shortcut is None else shortcut.x
+    taken = _pointwise(x, weight, geometry, y, z, other)
+    run = _cuda_pointwise.conv_fprop if taken else _cuda_cutlass.conv_fprop
+    run(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps)
+
+
+def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
+    """z = act(normalise(conv(x)) + residual)."""
+    taken = _pointwise(x, weight, geometry, z, residual)
+    run = _cuda_pointwise.conv_fprop_act if taken else _cuda_cutlass.conv_fprop_act
+    run(z, x, weight, geometry, norm, residual, relu)
+
+
+def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
+    """dx = gate(dgrad(dy) + dres), and the sums of the batch norm before the conv."""
+    others = [g.dz]
+    others += [t.dz for t in (dres,) if t is not None] + [t.y for t in (bn, prev) if t is not None]
+    if prev is not None and prev.shortcut is not None:
+        others.append(prev.shortcut.x)
+    taken = _pointwise(dx, weight, geometry, *others)
+    run = _cuda_pointwise.conv_dgrad if taken else _cuda_cutlass.conv_dgrad
+    run(dx, sums, g, weight, geometry, bn, dres, prev)
+
+
+def conv_wgrad(dw, g, x, geometry, bn, norm):
+    """dw = wgrad(dy, h), h = x or relu(normalise(x))."""
+    taken = _pointwise(x, dw, geometry, g.dz, None if bn is None else bn.y)
+    run = _cuda_pointwise.conv_wgrad if taken else _cuda_cutlass.conv_wgrad
+    run(dw, g, x, geometry, bn, norm)
+
+
+__all__ = [
+    "conv_bwd_pointwise",
+    "conv_bwd_pointwise_why_not",
+    "conv_dgrad",
+    "conv_fprop",
+    "conv_fprop_act",
+    "conv_missing",
+    "conv_wgrad",
+    "conv_why_not",
+]

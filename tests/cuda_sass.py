@@ -5,7 +5,9 @@
 
 The budget (`problems`): no stack, no local memory, registers for two blocks an SM, and in the
 kernels of 8-element units 16-byte accesses to the activations. The pointwise convolutions have one
-block of 384 threads an SM, wgmma and the copy engine; on other archs than sm_90a they are empty."""
+block of 384 threads an SM, wgmma and the copy engine; on other archs than sm_90a they are empty.
+The convolutions on CUTLASS's collectives likewise, for sm_90a alone, and with the registers handed
+from the warps that load to those that multiply (USETMAXREG)."""
 
 from __future__ import annotations
 
@@ -23,9 +25,16 @@ RESULTS = ROOT / "bench" / "results" / "cuda"
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
 COLUMNS = ("arch", "kernel", "dtype", "lanes", "dual", "registers", "stack", "local", "shared",
            "wide_loads", "wide_stores", "half_loads", "half_stores", "local_accesses",
-           "wgmma", "copies")  # fmt: skip
+           "wgmma", "copies", "setmaxnreg", "wide_stage")  # fmt: skip
 DTYPES = {"f": "fp32", "NS0_4BF16E": "bf16", "NS0_3F16E": "fp16"}
 NAME = re.compile(r"\d+([a-z_]+_kernel)(?:I(f|NS0_4BF16E|NS0_3F16E)(?:Li(\d+)E)?(?:L[bi](\d)E)?E)?")
+CONV = re.compile(
+    r"conv_kernelINS0_\d+([A-Z]\w+?)EpilogueELNS0_8ConvPassE(\d)ENS0_(4BF16|3F16)ELi(\d+)ELi(\d+)E"
+)
+PASSES = ("fprop", "dgrad", "wgrad")
+CONVS = ("conv_fprop stats", "conv_fprop act", "conv_dgrad gradient", "conv_wgrad partial")
+CONV_ARCH = "sm_90a"
+CONV_REGISTERS = 168  # of a thread at the launch: 65,536 over three warpgroups
 REGISTERS = 128  # 65,536 of an SM over two blocks of 256 threads
 SHARED = 48 << 10  # of a block without asking for more
 POINTWISE = 168  # registers at launch: 65,536 over 384 threads; setmaxnreg gives consumers 232
@@ -56,6 +65,14 @@ WIDE = {
     "bn_relu_maxpool_bwd_reduce_kernel": (5, 0),
     "bn_relu_maxpool_bwd_apply_kernel": (5, 1),
 }
+# of a conv's epilogue: the residual's 4 rows in flight; dres, y and the shortcut's likewise; 8 rows
+# are stored, or the 4 in flight; dw's partials are fp32, two stores each
+CONV_WIDE = {
+    "conv_fprop stats": (0, 8),
+    "conv_fprop act": (4, 4),
+    "conv_dgrad gradient": (12, 4),
+    "conv_wgrad partial": (0, 8),
+}
 
 
 def cuobjdump() -> str | None:
@@ -70,9 +87,10 @@ def cuobjdump() -> str | None:
 def digest() -> str:
     """Of the sources in csrc/cuda and the flags."""
     hashed = hashlib.sha256()
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
+    folder = ROOT / "csrc" / "cuda"
+    for path in sorted([*folder.glob("*.cu*"), *folder.glob("conv*.h")]):
         hashed.update(path.name.encode() + path.read_bytes())
-    hashed.update("".join(re.findall(r"set\(flags[^)]*\)", _cmake())).encode())
+    hashed.update("".join(re.findall(r"set\((?:conv_)?flags[^)]*\)", _cmake())).encode())
     return hashed.hexdigest()[:16]
 
 
@@ -81,6 +99,11 @@ def _cmake() -> str:
 
 
 def _named(mangled: str) -> dict | None:
+    if found := CONV.search(mangled):
+        epilogue, which, dtype, m, n = found.groups()
+        return {"kernel": f"conv_{PASSES[int(which)]} {epilogue.lower()}", "dual": False,
+                "dtype": {"4BF16": "bf16", "3F16": "fp16"}[dtype],
+                "lanes": int(n)}  # fmt: skip
     found = NAME.search(mangled)
     if found is None:
         return None
@@ -121,8 +144,12 @@ def read(library: Path) -> list[dict]:
             arch = arch if arch.startswith(found[1]) else found[1]
         elif found := re.search(r"Function : (\w+)", line):
             row = rows.get((arch, found[1]))
-        elif row is not None and (found := re.search(r"\b(HGMMA|UTMALDG)\b", line)):
-            row["wgmma" if found[1] == "HGMMA" else "copies"] += 1
+        elif row is not None and (found := re.search(r"\b(HGMMA|UTMALDG|USETMAXREG)", line)):
+            column = {"HGMMA": "wgmma", "UTMALDG": "copies", "USETMAXREG": "setmaxnreg"}
+            if found[1] != "USETMAXREG" or row["kernel"] in CONVS:
+                row[column[found[1]]] += 1
+        elif row is not None and re.search(r"\bLDS\.128", line):
+            row["wide_stage"] += row["kernel"] in CONVS
         elif row is not None and (found := re.search(r"\b(LDG|STG|LDL|STL)(\.[\w.]+)?", line)):
             kind, width = found[1], found[2] or ""
             if kind in ("LDL", "STL"):
@@ -141,6 +168,8 @@ def problems(row: dict) -> list[str]:
     out = []
     if row["stack"] or row["local"] or row["local_accesses"]:
         out.append(f"stack {row['stack']}, local {row['local']}, {row['local_accesses']} accesses")
+    if row["kernel"] in CONVS:
+        return out + _conv_problems(row)
     most = POINTWISE if row["kernel"] in WGMMA else REGISTERS
     if row["registers"] > most:
         out.append(f"{row['registers']} registers > {most}")
@@ -161,6 +190,30 @@ def problems(row: dict) -> list[str]:
             out.append(f"{row['half_loads']} 2-byte loads, {row['half_stores']} 2-byte stores")
     elif "finalise" not in row["kernel"] and row["dtype"] == "any":
         out.append("no dtype in its name")
+    return out
+
+
+def _conv_problems(row: dict) -> list[str]:
+    out = []
+    if row["arch"] != CONV_ARCH:
+        out.append(f"compiled for {row['arch']}")
+    if row["registers"] > CONV_REGISTERS:
+        out.append(f"{row['registers']} registers > {CONV_REGISTERS}")
+    # 64 deep in steps of 16, in the loop and before it; 256 tall: two to a warpgroup
+    tall = 2 if row["lanes"] == 64 and row["kernel"] != "conv_wgrad partial" else 1
+    if row["wgmma"] < 8 * tall:
+        out.append(f"{row['wgmma']} HGMMA, wanted {8 * tall}")
+    if row["copies"] < 2:
+        out.append(f"{row['copies']} UTMALDG, wanted one for each operand")
+    if row["setmaxnreg"] != 2:
+        out.append(f"{row['setmaxnreg']} USETMAXREG, wanted 2: the compiler ignored setmaxnreg")
+    if row["wide_stage"] < 8:
+        out.append(f"{row['wide_stage']} 16-byte loads from the stage, wanted 8")
+    for what, n in zip(("loads", "stores"), CONV_WIDE[row["kernel"]], strict=True):
+        if row[f"wide_{what}"] < n:
+            out.append(f"{row[f'wide_{what}']} 16-byte {what}, wanted {n}")
+    if row["half_loads"] or row["half_stores"]:
+        out.append(f"{row['half_loads']} 2-byte loads, {row['half_stores']} 2-byte stores")
     return out
 
 

@@ -42,4 +42,4 @@ def test_backend_keeps_the_signatures(backend: str) -> None:
 
 def test_which_backends_have_convolutions() -> None:
     with_convs = [b for b in MODULES if hasattr(importlib.import_module(MODULES[b]), "conv_fprop")]
-    assert with_convs == ["triton", "reference"]
+    assert with_convs == ["triton", "cuda", "reference"]

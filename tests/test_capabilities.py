@@ -33,12 +33,14 @@ def test_the_page_agrees_with_the_backends():
         functions = [re.sub(r" .*", "", f) for f in op.split(", ") if "_" in f]
         has = all(hasattr(module, f) for f in functions if f.isidentifier())
         assert has == (arch != "-"), (op, backend)
-        assert arch == "-" or len(dtypes.replace(" (TF32)", "").split(", ")) == len(FUSED_DTYPES)
+        few = (op.split(", ")[0], backend) == ("conv_fprop", "cuda")  # no fp32
+        count = len(FUSED_DTYPES) - few
+        assert arch == "-" or len(dtypes.replace(" (TF32)", "").split(", ")) == count
 
 
 def test_hardware_is_claimed_by_a_file_only():
     never = cells(capabilities.page([]))
-    assert {r[-1] for (_, b), r in never.items() if b != "cpu"} == {"**never**", "-"}
+    assert {r[-1] for (_, b), r in never.items() if b != "cpu"} == {"**never**"}
     ran = cells(capabilities.page([RUN]))
     changed = {k: r[-1] for k, r in ran.items() if r != never[k]}
     assert changed == {("bn_stats", "cuda"): "A Card at 0123456789ab: 7 tests, 1 failed"}

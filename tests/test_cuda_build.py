@@ -36,7 +36,12 @@ def test_the_committed_table_is_current_and_keeps_the_budget():
     assert {r["arch"] for r in found["rows"]} == set(cuda_sass.ARCHS)
     kernels = {r["kernel"] for r in found["rows"] if r["lanes"] == 8}
     assert {k + "_kernel" for k in ("add_relu", "relu_bwd", "bn_apply", "bn_stats")} <= kernels
-    assert len(kernels) == 9 and len(found["rows"]) % len(cuda_sass.ARCHS) == 0
+    convs = [r for r in found["rows"] if r["kernel"] in cuda_sass.CONVS]
+    assert len(kernels) == 9 and (len(found["rows"]) - len(convs)) % len(cuda_sass.ARCHS) == 0
+    # each pass in both types and both widths of tile, for Hopper alone
+    assert {(r["kernel"], r["dtype"], r["lanes"]) for r in convs} == {
+        (k, d, n) for k in cuda_sass.CONVS for d in ("bf16", "fp16") for n in (64, 128)
+    }
     broken = {(r["arch"], r["kernel"], r["dtype"]): p for r in found["rows"]
               if (p := cuda_sass.problems(r))}  # fmt: skip
     assert not broken
@@ -79,6 +84,18 @@ def test_the_budget_of_the_pointwise_convolutions():
         assert said in cuda_sass.problems({**fprop, **change})[0]
 
 
+def test_the_budget_is_broken_by_a_conv_off_the_tensor_cores():
+    row = next(r for r in cuda_sass.committed()["rows"]
+               if r["kernel"] == "conv_fprop stats" and r["lanes"] == 64)  # fmt: skip
+    assert cuda_sass.problems(row) == []
+    for change, said in [({"wgmma": 8}, "8 HGMMA, wanted 16"), ({"copies": 1}, "1 UTMALDG"),
+                         ({"setmaxnreg": 0}, "ignored setmaxnreg"), ({"stack": 8}, "stack 8"),
+                         ({"registers": 200}, "200 registers"), ({"wide_stores": 2}, "2 16-byte"),
+                         ({"wide_stage": 0}, "from the stage"), ({"arch": "sm_80"}, "for sm_80"),
+                         ({"half_stores": 1}, "1 2-byte stores")]:  # fmt: skip
+        assert said in cuda_sass.problems({**row, **change})[0]
+
+
 # --- errors, before and at the launch -------------------------------------------------------------
 
 SIZES = (1, True, 2, 8, 4)  # bf16, NHWC, N, C, H * W
@@ -108,6 +125,72 @@ def test_cuda_names_kernel_and_shape_in_cudas_errors(built):
             built.add_relu(1 << 20, 0, 1 << 20, 1 << 20, *SIZES, 99, 0)
     if torch.cuda.is_available():
         assert torch.ones(8, device="cuda").sum().item() == 8  # the next, innocent call
+
+
+CONV = (2, 8, 8, 16, 24, 3, 3, 8, 8, 1, 1, 1, 1, 1, 1)  # N H W C, K R S, P Q, stride, padding, ...
+
+
+@pytest.fixture
+def convs(built):
+    if not hasattr(built, "conv_fprop"):
+        pytest.skip((_native.build_info() or {})["not_built"]["CUDA convolutions"])
+    return built
+
+
+def test_convolutions_are_refused_before_the_launch(convs):
+    """By CUTLASS's can_implement, on the host, and by what it does not look at."""
+    assert convs.conv_why_not(1, CONV) == "" and convs.conv_why_not(2, CONV) == ""
+    assert "bfloat16 and float16" in convs.conv_why_not(0, CONV)
+    a = 1 << 20
+    for change, said in [({3: 12}, "channels 12 and 24: .* multiples of 8"), ({0: 0}, "empty"),
+                         ({0: 1 << 26}, "more than 2.31 pixels"), ({9: 9}, "strides up to 8"),
+                         ({11: 300}, "im2col")]:  # fmt: skip
+        sizes = tuple(change.get(i, v) for i, v in enumerate(CONV))
+        with pytest.raises(ValueError, match=rf"conv_wgrad on x .* weight 24 .*{said}"):
+            convs.conv_wgrad(a, a, a, a, 1, sizes, 0, 0)
+    with pytest.raises(ValueError, match="conv_fprop on x 2 x 16 x 8 x 8, weight 24 x 16 x 3 x 3.*"
+                       "not aligned to 16 bytes"):  # fmt: skip
+        convs.conv_fprop(a, 0, 0, 0, a + 2, a, 1e-5, 0, 1, CONV, 0, 0)
+
+
+def test_convolutions_name_kernel_and_shape_in_cudas_errors(convs):
+    """Here: no driver, or a device that does not exist."""
+    a = 1 << 20
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"conv_fprop_act on .* 2 x 24 x 64 bf.*device 99.*cuda"
+        ):
+            convs.conv_fprop_act(a, a, a, 0, 0, 0, 0, 0, True, 1, CONV, 99, 0)
+
+
+def schedule(convs, which, rows, channels, taps, depth):
+    s = convs.conv_schedule(which, rows, channels, taps, depth)
+    return s | {"blocks": s["workers"] * s["columns"] * s["splits"]}
+
+
+def test_resnet_50s_convolutions_fill_one_wave(convs):
+    """Batch 256, 132 SMs: the tiles of conv_plan.cu's comments."""
+    for size, c, k, r in [(56, 64, 64, 1), (56, 64, 64, 3), (56, 64, 256, 1), (56, 256, 64, 1),
+                          (28, 128, 128, 3), (28, 512, 128, 1), (28, 128, 512, 1),
+                          (14, 256, 256, 3), (14, 1024, 256, 1), (14, 256, 1024, 1),
+                          (7, 512, 512, 3), (7, 2048, 512, 1), (7, 512, 2048, 1)]:  # fmt: skip
+        rows = 256 * size * size
+        s = schedule(convs, 0, rows, k, r * r, c)
+        m, n, cluster = s["tile"]
+        assert (m, n, cluster) == ((256, 64, 1) if k == 64 else (128, 128, 2))
+        assert (
+            s["workers"] % cluster == 0 and s["blocks"] <= 132 and s["k_tiles"] == r * r * c // 64
+        )
+        # the longest worker against the mean over 132 SMs
+        mean = -(-rows // m) * s["columns"] / 132
+        most = 1.35 if (size, k) == (7, 512) else 1.1
+        assert mean <= s["per"] <= most * mean, (size, c, k, r, s, mean)
+        g = schedule(convs, 2, k, c, r * r, rows)
+        assert g["k_per"] * (g["splits"] - 1) < g["k_tiles"] <= g["k_per"] * g["splits"]
+        waves = g["blocks"] / 132
+        assert waves <= -(-g["blocks"] // 132) <= 1.4 * waves, (size, c, k, r, g)
+        partials = g["splits"] * k * c * r * r * 4
+        assert partials <= 64 << 20  # about the L2's 50 MB
 
 
 def test_cuda_backend_says_why_it_is_off(monkeypatch):
@@ -144,6 +227,44 @@ def test_module_loads_without_cuda():
 
 # --- builds that go on without it -----------------------------------------------------------------
 
+
+def configure(env, folder: Path) -> tuple[dict, str]:
+    """build_info.json and the output of CMake."""
+    import cmake
+    import ninja
+
+    command = [str(Path(cmake.CMAKE_BIN_DIR) / "cmake"), "-S", str(ROOT), "-B",
+               str(folder / "build"), "-G", "Ninja",
+               f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+               f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "build" / "build_info.json").read_text()), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, said", [
+    ("missing", "no CUTLASS: /nowhere/include/cutlass/version.h does not exist"),
+    ("old", "is CUTLASS 3.9, too old: 4.2 or newer is needed"),
+    ("other arch", "they are for sm_90a, this build is for 80"),
+])  # fmt: skip
+def test_the_build_goes_on_without_the_convolutions(built, case, said, tmp_path):
+    """CMake's configuration alone; the compiler is probed as always."""
+    folder = tmp_path / "cutlass"
+    (folder / "include" / "cutlass").mkdir(parents=True)
+    (folder / "include" / "cutlass" / "version.h").write_text(
+        "#define CUTLASS_MAJOR 3\n#define CUTLASS_MINOR 9\n"
+    )
+    variables = {
+        "missing": {"FASTRES_CUTLASS_DIR": "/nowhere", "FASTRES_CUDA_ARCHS": "90a"},
+        "old": {"FASTRES_CUTLASS_DIR": str(folder), "FASTRES_CUDA_ARCHS": "90a"},
+        "other arch": {"FASTRES_CUDA_ARCHS": "80"},
+    }[case]
+    info, output = configure(os.environ | variables, tmp_path)
+    assert info["cuda"] is not None and info["cuda"]["convolutions"] is None
+    assert said in info["not_built"]["CUDA convolutions"] and said in output
+
+
 FAKE = "#!/bin/sh\ncase \"$*\" in *--version*) echo 'release {version}, V0';; *) {rest};; esac\n"
 REASONS = {
     "skipped": ({"FASTRES_SKIP_CUDA": "1"}, None, "FASTRES_SKIP_CUDA is set"),
@@ -165,15 +286,6 @@ def test_the_build_goes_on_and_names_the_reason(case, tmp_path):
         nvcc.write_text(FAKE.format(version=fake[0], rest=fake[1]))
         nvcc.chmod(0o755)
         env["CUDACXX"] = str(nvcc)
-    import cmake
-    import ninja
-
-    command = [str(Path(cmake.CMAKE_BIN_DIR) / "cmake"), "-S", str(ROOT), "-B",
-               str(tmp_path / "build"), "-G", "Ninja",
-               f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
-               f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
-    done = subprocess.run(command, env=env | variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    info = json.loads((tmp_path / "build" / "build_info.json").read_text())
+    info, output = configure(env | variables, tmp_path)
     assert info["cuda"] is None and said in info["not_built"]["CUDA kernels"]
-    assert said in done.stdout
+    assert said in output

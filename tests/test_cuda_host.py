@@ -17,6 +17,7 @@ FILES = (
     "test_bn_apply.py",
     "test_bn_bwd.py",
     "test_bn_relu_maxpool.py",
+    "test_cuda_conv.py",
     "test_selfcheck.py",
     "test_ops.py",
     "test_cuda_pointwise.py",

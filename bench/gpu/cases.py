@@ -5,6 +5,8 @@ that nothing here can fall behind it. Variants of a streaming kernel: ours (Trit
 C++). Of a convolution:
 
     fused     the kernel of fastres.kernels
+    cuda      the CUDA C++ backend's (Hopper), with the passes that form its operands
+    cutlass   the same of a 1x1 on CUTLASS's collectives, where the backend has another kernel
     passes    the vendor's convolution, and the passes of rung b around it that do the same
     vendor    the vendor's convolution alone: a yardstick, it does less
 
@@ -316,9 +318,14 @@ def variants(case: Case) -> dict[str, Run]:
             "ours": lambda m, s: _run_stream(case, m, s),
             "cuda": lambda m, s: _run_stream(case, _cuda, s),
         }
+    from fastres import _cuda, _cuda_cutlass
+
     if case.op == "fprop":
+        cutlass = {"cutlass": lambda m, s: _fprop(case, _cuda_cutlass, s)}
         return {
             "fused": lambda m, s: _fprop(case, m, s),
+            "cuda": lambda m, s: _fprop(case, _cuda, s),
+            **(cutlass if case.shape.pointwise else {}),
             "passes": lambda m, s: _fprop_passes(case, m, s),
             "vendor": lambda m, s: _put(s, "y", _conv(s, s["x"])),
         }
@@ -339,7 +346,8 @@ def variants(case: Case) -> dict[str, Run]:
         _put(s, "dx", dx)
         _put(s, "dw", dw)
 
-    return {"fused": lambda m, s: ours(case, m, s), "vendor": vendor}
+    one = {} if case.op == "dgrad_wgrad" else {"cuda": lambda m, s: ours(case, _cuda, s)}
+    return {"fused": lambda m, s: ours(case, m, s), **one, "vendor": vendor}
 
 
 def truth(case: Case) -> Run:
@@ -372,7 +380,8 @@ def moved(case: Case, variant: str, dtype: str) -> Traffic | None:
             return {"fprop": traffic.fprop, "dgrad": traffic.dgrad, "wgrad": traffic.wgrad}[
                 case.op
             ](s, dtype)
-        if variant not in ("fused", "d"):
+        formed = case.h != "none" or case.dy != "none"  # by passes of their own
+        if variant not in ("fused", "d") and (variant not in ("cuda", "cutlass") or formed):
             return None
         if case.op == "fprop":
             return traffic.fprop(s, dtype, case.h, case.epilogue)

@@ -22,7 +22,7 @@ from bench.gpu.record import Record
 TESTS = (
     "test_conv.py", "test_bn_stats.py", "test_bn_apply.py", "test_bn_bwd.py", "test_add_relu.py",
     "test_bn_relu_maxpool.py", "test_triton_cuts.py", "test_ladder.py", "test_fusion.py",
-    "test_graph.py", "test_cuda_build.py",
+    "test_graph.py", "test_cuda_build.py", "test_cuda_conv.py",
 )  # fmt: skip
 ON_GPU = (
     # the C++ kernels of the CPU have no business here
@@ -46,6 +46,9 @@ SANITIZED = (
     "test_bn_bwd_apply_bwd_matches_reference[cuda-bf16-nhwc-2x35x7x7-mask-normalised]",
     "test_bn_relu_maxpool_bwd_matches_reference[cuda-bf16-nhwc-2x72x9x7-k3s2p1]",
     "test_add_relu_fwd_matches_reference[cuda-bf16-nhwc-2x35x7x7]",
+    "test_fprop[cuda-bf16-3x3-many-plain]", "test_fprop[cuda-bf16-1x1-wide-norm]",
+    "test_dgrad[cuda-bf16-3x3-s2-bn-False-mask-dual]",
+    "test_wgrad_of_every_shape[cuda-bf16-3x3-s2]",
 )  # fmt: skip
 TOOLS = (
     ("memcheck", r"ERROR SUMMARY: (\d+) error"),
@@ -82,10 +85,15 @@ def doctor(device: Device, record: Record) -> None:
     found = library.examine()
     kernels = importlib.import_module("fastres.kernels")
     missing = kernels.conv_missing(device.torch)
-    record.set(doctor=found, convolutions=missing or "have tiles for this device")
+    from fastres import _cuda
+
+    hopper = _cuda.why_missing() or _cuda.conv_missing(device.torch)
+    state = missing or "have tiles for this device"
+    record.set(doctor=found, convolutions=state, cuda_convolutions=hopper or "on")
     print(library.text(found))
     rows = [(name, why or "on") for name, why in found["backends"].items()]
-    table("doctor", ("backend", "state"), [*rows, ("convolutions", missing or "on")])
+    more = [("convolutions", missing or "on"), ("CUDA C++ convolutions", hopper or "on")]
+    table("doctor", ("backend", "state"), [*rows, *more])
 
 
 def tests(device: Device, record: Record) -> None:

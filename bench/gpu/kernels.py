@@ -52,19 +52,24 @@ def _module() -> Any:
 
 def why_not(case: Case, variant: str, s: Set) -> str | None:
     """Why our kernels do not take a case; None when they do."""
-    m = _module()
-    if variant == "cuda":
-        from fastres import _cuda
+    m, hopper = _module(), variant in ("cuda", "cutlass")
+    if hopper:
+        from fastres import _cuda as m
 
-        return _cuda.why_missing()
-    if variant not in ("fused", "c1", "c2", "d"):
+        reason = m.why_missing()
+        if reason is None and "w" in s:
+            reason = m.conv_missing(s["x"].device)
+        if reason is not None or "w" not in s:
+            return reason
+    elif variant not in ("fused", "c1", "c2", "d"):
         return None
     args = s["x"], s["w"], s["geometry"]
     reason = m.conv_why_not(*args)
     if reason is None and (case.op == "dgrad_wgrad" or variant == "d"):
         reason = m.conv_bwd_pointwise_why_not(*args)
-    if reason is None and case.h in ("norm_add_relu", "dual_add_relu") and variant == "fused":
-        reason = None if s["shape"].pointwise else "the block's end needs a 1x1 of stride 1"
+    ends = case.h in ("norm_add_relu", "dual_add_relu") and (hopper or variant == "fused")
+    if reason is None and ends and not s["shape"].pointwise:
+        reason = "the block's end needs a 1x1 of stride 1"
     return reason
 
 
@@ -243,7 +248,8 @@ def show(record: Record) -> None:
                 wrong.append((row["case"], v, str(verdict.get("error"))[:90]))
         timed = row.get("variants", {})
         ours = next((timed[v] for v in ("ours", "fused") if v in timed), None)
-        for label, entry in ((row["op"], ours), (f"{row['op']} (cuda)", timed.get("cuda"))):
+        labels = [(f"{row['op']} ({v})", timed.get(v)) for v in ("cuda", "cutlass")]
+        for label, entry in ((row["op"], ours), *labels):
             if entry is not None and "percent" in entry:
                 groups.setdefault(label, []).append({**entry, "row": row})
     lines = []

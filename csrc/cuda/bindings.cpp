@@ -2,7 +2,10 @@
 // for. fastres/_cuda.py is the caller. Addresses are integers, 0 where the contract says None.
 #include "bindings.h"
 
+#include <pybind11/stl.h>
+
 #include "../arguments.h"
+#include "conv.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -114,6 +117,83 @@ void bind_relu_bwd(Ptr dx, Ptr dy, Ptr dz, Ptr mask, int dtype, bool nhwc, I64 n
   relu_bwd({any(dx), any(dy), any(dz), u8(mask), act(dtype, nhwc, n, c, s)}, {device, stream});
 }
 
+#ifdef FASTRES_CUDA_CONV
+
+// n, h, w, c, k, r, s, p, q, stride, padding and dilation (h, w each)
+using Sizes = std::array<I64, 15>;
+
+ConvShape shape(int dtype, const Sizes& v) {
+  const auto i = [&](int at) { return static_cast<int>(v[static_cast<size_t>(at)]); };
+  return {dtype, v[0], v[1], v[2],  v[3],  v[4],  v[5],  v[6],
+          v[7],  v[8], i(9), i(10), i(11), i(12), i(13), i(14)};
+}
+
+void bind_conv_fprop(Ptr y, Ptr mean, Ptr var, Ptr rstd, Ptr x, Ptr w, double eps, Ptr work,
+                     int dtype, const Sizes& sizes, int device, Ptr stream) {
+  conv_fprop(
+      {any(y), f32(mean), f32(var), f32(rstd), any(x), any(w), eps, f32(work), shape(dtype, sizes)},
+      {device, stream});
+}
+
+void bind_conv_fprop_act(Ptr z, Ptr x, Ptr w, Ptr mean, Ptr rstd, Ptr gamma, Ptr beta, Ptr residual,
+                         bool relu, int dtype, const Sizes& sizes, int device, Ptr stream) {
+  conv_fprop_act({any(z), any(x), any(w), f32(mean), f32(rstd), f32(gamma), f32(beta),
+                  any(residual), relu, shape(dtype, sizes)},
+                 {device, stream});
+}
+
+void bind_conv_dgrad(Ptr dx, Ptr dgamma, Ptr dbeta, Ptr res_dgamma, Ptr dy, Ptr w, Ptr dres,
+                     Ptr dres_mask, int gate, Ptr mask, Ptr y, Ptr mean, Ptr rstd, Ptr gamma,
+                     Ptr beta, Ptr residual, Ptr res_mean, Ptr res_rstd, Ptr work, int dtype,
+                     const Sizes& sizes, int device, Ptr stream) {
+  conv_dgrad(
+      {any(dx),   f32(dgamma),        f32(dbeta), f32(res_dgamma), any(dy),       any(w),
+       any(dres), u8(dres_mask),      gate,       u8(mask),        any(y),        f32(mean),
+       f32(rstd), f32(gamma),         f32(beta),  any(residual),   f32(res_mean), f32(res_rstd),
+       f32(work), shape(dtype, sizes)},
+      {device, stream});
+}
+
+void bind_conv_wgrad(Ptr dw, Ptr dy, Ptr x, Ptr work, int dtype, const Sizes& sizes, int device,
+                     Ptr stream) {
+  conv_wgrad({any(dw), any(dy), any(x), f32(work), shape(dtype, sizes)}, {device, stream});
+}
+
+py::dict schedule(int pass, I64 rows, I64 channels, I64 taps, I64 depth) {
+  const ConvSchedule s = conv_schedule(static_cast<ConvPass>(pass), rows, channels, taps, depth);
+  py::dict out;
+  out["tile"] = py::make_tuple(s.tile_m, s.tile_n, s.cluster);
+  out["m_tiles"] = s.m_tiles;
+  out["per"] = s.per;
+  out["workers"] = s.workers;
+  out["columns"] = s.columns;
+  out["splits"] = s.splits;
+  out["k_tiles"] = s.k_tiles;
+  out["k_per"] = s.k_per;
+  return out;
+}
+
+void bind_convs(py::module_& m) {
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+  m.def("conv_fprop", &bind_conv_fprop, NoGil());
+  m.def("conv_fprop_act", &bind_conv_fprop_act, NoGil());
+  m.def("conv_dgrad", &bind_conv_dgrad, NoGil());
+  m.def("conv_wgrad", &bind_conv_wgrad, NoGil());
+  m.def(
+      "conv_why_not",
+      [](int dtype, const Sizes& sizes) { return conv_why_not(shape(dtype, sizes)); },
+      "Why the launchers do not take a conv; empty when they do.");
+  m.def(
+      "conv_workspace_floats",
+      [](int pass, int dtype, const Sizes& sizes) {
+        return conv_workspace_floats(static_cast<ConvPass>(pass), shape(dtype, sizes));
+      },
+      "Floats of a pass's workspace.");
+  m.def("conv_schedule", &schedule, "How a GEMM's tiles are dealt to workers.");
+}
+
+#endif
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -134,6 +214,9 @@ void bind(py::module_& m) {
       },
       "Floats of a reduction's workspace.");
   bind_pointwise(m);
+#ifdef FASTRES_CUDA_CONV
+  bind_convs(m);
+#endif
   m.def("archs", &built_archs, "What this build has code for.");
 }
 

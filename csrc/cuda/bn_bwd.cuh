@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   // 6. add over the block, store partials
-  sum_block<PARTS, L>(part, cell, acc, c);
+  sum_block<PARTS, L>(part, cell, acc, c, Share(c));
 }
 
 // A warp for each channel: all partials of dbeta, dgamma / rstd (and res_dgamma / res_rstd).

@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   // 5. add over the block, store partials
-  sum_block<2, L>(part, cell, acc, c);
+  sum_block<2, L>(part, cell, acc, c, Share(c));
 }
 
 template <class T, int L>

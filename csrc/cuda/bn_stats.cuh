@@ -22,6 +22,59 @@ FASTRES_DEVICE void chan(float& n, float& mean, float& m2, float tile_n, float t
   n = total;
 }
 
+// Merges (n, mean, M2) of the threads over the rows of the tree, and stores the chunk's. A fixed
+// order; kThreads threads of the block take part, `barrier` holds them.
+template <int L, class Counts, class Means, class Squares, class Barrier = BlockBarrier>
+FASTRES_DEVICE void merge_block(float* part, Counts& count_cell, Means& mean_cell, Squares& m2_cell,
+                                float n, const float (&mean)[L], const float (&m2)[L], const Cut& c,
+                                const Share& share, const Barrier& barrier = Barrier{}) {
+  const Tree<L> tree(c);
+  const int tid = static_cast<int>(threadIdx.x);
+  const int columns = c.nhwc ? 1 << c.log_tx : 1;  // of counts
+  if (c.nhwc) {
+    count_cell[tid] = n;
+#pragma unroll
+    for (int j = 0; j < L; ++j) {
+      mean_cell[tree.row * tree.cols + tree.col + j] = mean[j];
+      m2_cell[tree.row * tree.cols + tree.col + j] = m2[j];
+    }
+  } else {
+    float lanes_n = n, lanes_mean = mean[0], lanes_m2 = m2[0];
+#pragma unroll
+    for (int j = 1; j < L; ++j) chan(lanes_n, lanes_mean, lanes_m2, n, mean[j], m2[j]);
+    count_cell[tid] = lanes_n;
+    mean_cell[tid] = lanes_mean;
+    m2_cell[tid] = lanes_m2;
+  }
+  for (int half = tree.rows / 2; half > 0; half /= 2) {
+    barrier();
+    const int cells = half * tree.cols;
+    for (int i = tid; i < cells; i += kThreads) {
+      // cell i is in the tree's row i / cols; its count has one column for L channels (NHWC)
+      const int at = c.nhwc ? i / L : i;
+      float count = count_cell[at], cell_mean = mean_cell[i], cell_m2 = m2_cell[i];
+      chan(count, cell_mean, cell_m2, count_cell[at + half * columns], mean_cell[i + cells],
+           m2_cell[i + cells]);
+      mean_cell[i] = cell_mean;
+      m2_cell[i] = cell_m2;
+    }
+    barrier();
+    for (int i = tid; i < half * columns; i += kThreads) {
+      count_cell[i] = count_cell[i] + count_cell[i + half * columns];
+    }
+  }
+  barrier();
+
+  // store the chunk's mean and M2
+  for (int i = tid; i < tree.cols; i += kThreads) {
+    const int64_t channel = tree.channel(c, share, i);
+    if (channel < c.channels) {
+      part[share.index * c.channels + channel] = mean_cell[i];
+      part[(c.chunks + share.index) * c.channels + channel] = m2_cell[i];
+    }
+  }
+}
+
 template <class T, int L>
 __global__ void __launch_bounds__(kThreads, 2) bn_stats_kernel(BnStats p, float* part, Cut c) {
   constexpr int U = 2 * in_flight<T, L>();  // one tensor only
@@ -90,52 +143,8 @@ __global__ void __launch_bounds__(kThreads, 2) bn_stats_kernel(BnStats p, float*
     }
   }
 
-  // 6. merge the threads of the block
-  const Tree<L> tree(c);
-  const int tid = static_cast<int>(threadIdx.x);
-  const int columns = c.nhwc ? 1 << c.log_tx : 1;  // of counts
-  if (c.nhwc) {
-    count_cell[tid] = n;
-#pragma unroll
-    for (int j = 0; j < L; ++j) {
-      mean_cell[tree.row * tree.cols + tree.col + j] = mean[j];
-      m2_cell[tree.row * tree.cols + tree.col + j] = m2[j];
-    }
-  } else {
-    float lanes_n = n, lanes_mean = mean[0], lanes_m2 = m2[0];
-#pragma unroll
-    for (int j = 1; j < L; ++j) chan(lanes_n, lanes_mean, lanes_m2, n, mean[j], m2[j]);
-    count_cell[tid] = lanes_n;
-    mean_cell[tid] = lanes_mean;
-    m2_cell[tid] = lanes_m2;
-  }
-  for (int half = tree.rows / 2; half > 0; half /= 2) {
-    __syncthreads();
-    const int cells = half * tree.cols;
-    for (int i = tid; i < cells; i += kThreads) {
-      // cell i is in the tree's row i / cols; its count has one column for L channels (NHWC)
-      const int at = c.nhwc ? i / L : i;
-      float count = count_cell[at], cell_mean = mean_cell[i], cell_m2 = m2_cell[i];
-      chan(count, cell_mean, cell_m2, count_cell[at + half * columns], mean_cell[i + cells],
-           m2_cell[i + cells]);
-      mean_cell[i] = cell_mean;
-      m2_cell[i] = cell_m2;
-    }
-    __syncthreads();
-    for (int i = tid; i < half * columns; i += kThreads) {
-      count_cell[i] = count_cell[i] + count_cell[i + half * columns];
-    }
-  }
-  __syncthreads();
-
-  // 7. store partials: mean - shift and M2 of the chunk
-  for (int i = tid; i < tree.cols; i += kThreads) {
-    const int64_t channel = tree.channel(c, i);
-    if (channel < c.channels) {
-      part[w.index * c.channels + channel] = mean_cell[i];
-      part[(c.chunks + w.index) * c.channels + channel] = m2_cell[i];
-    }
-  }
+  // 6. merge the threads of the block, store partials: mean - shift and M2 of the chunk
+  merge_block<L>(part, count_cell, mean_cell, m2_cell, n, mean, m2, c, Share(c));
 }
 
 // A warp for each channel.

@@ -2,16 +2,20 @@
 # odds with the C++ compiler is a reason in FASTRES_CUDA_WHY, never an error of the whole build.
 #
 # In, from the environment: FASTRES_SKIP_CUDA=1; FASTRES_CUDA_ARCHS="80;90a" (default: the GPUs of
-# this machine, otherwise 80, 90a and 100a); CUDACXX, CUDA_HOME or CUDA_PATH (default: nvcc on PATH).
+# this machine, otherwise 80, 90a and 100a); CUDACXX, CUDA_HOME or CUDA_PATH (default: nvcc on PATH);
+# FASTRES_CUTLASS_DIR (default: the nvidia-cutlass package of the Python that builds).
 # Out: FASTRES_CUDA_OBJECTS, FASTRES_CUDA_RUNTIME (the static library), FASTRES_CUDA_INFO (JSON),
-# and FASTRES_CUDA_WHY, empty when all is well.
+# and FASTRES_CUDA_WHY, empty when all is well; FASTRES_CONV_WHY the same of the convolutions, which
+# need sm_90a and CUTLASS: conv.cu, and *_sm90.cu, compiled for sm_90a alone.
 
 set(FASTRES_CUDA_OBJECTS "")
 set(FASTRES_CUDA_RUNTIME "")
 set(FASTRES_CUDA_INFO "null")
 set(FASTRES_CUDA_WHY "")
+set(FASTRES_CONV_WHY "")
 set(FASTRES_CUDA_OLDEST 12.0)  # sm_90a
 set(FASTRES_CUDA_100A 12.8)
+set(FASTRES_CUTLASS_OLDEST 4.2)
 
 function(fastres_cuda_archs version result)
   string(REGEX REPLACE "[ ,]+" ";" asked "$ENV{FASTRES_CUDA_ARCHS}")
@@ -37,6 +41,45 @@ function(fastres_cuda_archs version result)
     endif()
   endif()
   set(${result} ${asked} PARENT_SCOPE)
+endfunction()
+
+# CUTLASS's source tree into `result`, or the reason why there is none into `why`.
+function(fastres_find_cutlass archs result why)
+  set(${why} "" PARENT_SCOPE)
+  if(NOT "90a" IN_LIST archs)
+    string(JOIN " " shown ${archs})
+    set(${why} "they are for sm_90a, this build is for ${shown}" PARENT_SCOPE)
+    return()
+  endif()
+  set(folder "$ENV{FASTRES_CUTLASS_DIR}")
+  if(NOT folder)
+    execute_process(
+      COMMAND ${Python_EXECUTABLE} -c
+              "import importlib.util as u; print(u.find_spec('cutlass_library').submodule_search_locations[0])"
+      OUTPUT_VARIABLE folder OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE failed)
+    if(NOT failed STREQUAL "0")
+      set(${why} "no CUTLASS: pip install nvidia-cutlass, or set FASTRES_CUTLASS_DIR" PARENT_SCOPE)
+      return()
+    endif()
+    set(folder "${folder}/source")
+  endif()
+  set(header "${folder}/include/cutlass/version.h")
+  if(NOT EXISTS "${header}")
+    set(${why} "no CUTLASS: ${header} does not exist" PARENT_SCOPE)
+    return()
+  endif()
+  file(READ "${header}" text)
+  string(REGEX MATCH "CUTLASS_MAJOR +([0-9]+)" found "${text}")
+  set(version "${CMAKE_MATCH_1}")
+  string(REGEX MATCH "CUTLASS_MINOR +([0-9]+)" found "${text}")
+  string(APPEND version ".${CMAKE_MATCH_1}")
+  if(version VERSION_LESS FASTRES_CUTLASS_OLDEST)
+    set(${why} "${folder} is CUTLASS ${version}, too old: ${FASTRES_CUTLASS_OLDEST} or newer is needed"
+        PARENT_SCOPE)
+    return()
+  endif()
+  set(${result} "${folder}" PARENT_SCOPE)
+  set(${result}_VERSION "${version}" PARENT_SCOPE)
 endfunction()
 
 function(fastres_find_cuda)
@@ -119,7 +162,13 @@ function(fastres_find_cuda)
     endif()
     set(FASTRES_CUDA_PROBED "${key}" CACHE INTERNAL "nvcc and flags that compiled a probe")
   endif()
-  # 6. the objects
+  # 6. the convolutions' headers
+  fastres_find_cutlass("${archs}" cutlass conv_why)
+  set(FASTRES_CONV_WHY "${conv_why}" PARENT_SCOPE)
+  # -DNDEBUG: CUTLASS asserts what the driver returns; conv_driver.h raises it
+  set(conv_flags -std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -DNDEBUG -ccbin ${CMAKE_CXX_COMPILER}
+      -Xcompiler -fPIC,-fvisibility=hidden,-Wall -gencode arch=compute_90a,code=sm_90a)
+  # 7. the objects
   string(JOIN " " code ${archs} ptx80)
   string(JOIN " " shown ${flags})
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu)
@@ -127,21 +176,37 @@ function(fastres_find_cuda)
   set(objects "")
   foreach(source ${sources})
     get_filename_component(name ${source} NAME_WE)
+    set(options ${flags})
+    set(what ${code})
+    if(name STREQUAL "conv" OR name MATCHES "_sm90$")
+      if(conv_why)
+        continue()
+      endif()
+      if(name MATCHES "_sm90$")
+        set(options ${conv_flags} -isystem ${cutlass}/include -isystem ${cutlass}/tools/util/include)
+        set(what 90a)
+      endif()
+    endif()
     set(object ${CMAKE_BINARY_DIR}/cuda/${name}.o)
     add_custom_command(
       OUTPUT ${object}
-      COMMAND ${nvcc} ${flags} "-DFASTRES_CUDA_ARCHS=\"${code}\"" -MD -MT ${object} -MF ${object}.d
+      COMMAND ${nvcc} ${options} "-DFASTRES_CUDA_ARCHS=\"${code}\"" -MD -MT ${object} -MF ${object}.d
               -c ${source} -o ${object}
       DEPENDS ${source} ${nvcc}
       DEPFILE ${object}.d
-      COMMENT "nvcc ${name}.cu for ${code}"
+      COMMENT "nvcc ${name}.cu for ${what}"
       VERBATIM)
     list(APPEND objects ${object})
   endforeach()
   set(FASTRES_CUDA_OBJECTS ${objects} PARENT_SCOPE)
   set(FASTRES_CUDA_RUNTIME ${runtime} PARENT_SCOPE)
+  set(convolutions "null")
+  if(NOT conv_why)
+    set(convolutions "\"CUTLASS ${cutlass_VERSION}\"")
+  endif()
   set(FASTRES_CUDA_INFO
-      "{\"nvcc\": \"${version}\", \"code\": \"${code}\", \"flags\": \"${shown}\"}" PARENT_SCOPE)
+      "{\"nvcc\": \"${version}\", \"code\": \"${code}\", \"flags\": \"${shown}\", \"convolutions\": ${convolutions}}"
+      PARENT_SCOPE)
 endfunction()
 
 fastres_find_cuda()

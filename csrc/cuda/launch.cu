@@ -239,6 +239,46 @@ void run_raw(const Launch& launch, int64_t blocks, const void* kernel, void** ar
   check(launch.name, launch.act, launch.place, cudaPeekAtLastError());
 }
 
+void launch_cluster(const Launch& launch, int64_t blocks, int threads, int cluster, size_t shared,
+                    std::atomic<uint64_t>& ready, const void* kernel, void** args) {
+  const auto checked = [&](cudaError_t error) {
+    check(launch.name, launch.act, launch.place, error);
+  };
+  if (blocks < 1 || blocks > kMaxBlocks) {
+    throw std::invalid_argument("fastres cuda: " + describe(launch.name, launch.act) +
+                                ": too large, " + std::to_string(blocks) + " blocks");
+  }
+  const int device = launch.place.device;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((ready.load(std::memory_order_relaxed) & bit) == 0) {
+    int major = 0, minor = 0;
+    checked(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    checked(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    if (major != 9 || minor != 0) {
+      throw std::runtime_error("fastres cuda: " + describe(launch.name, launch.act) + ", device " +
+                               std::to_string(device) + ": it has compute capability " +
+                               std::to_string(major) + "." + std::to_string(minor) +
+                               ", the kernel is for 9.0");
+    }
+    checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared)));
+    ready.fetch_or(bit, std::memory_order_relaxed);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = reinterpret_cast<cudaStream_t>(launch.place.stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  checked(cudaLaunchKernelExC(&config, kernel, args));
+  checked(cudaPeekAtLastError());
+}
+
 #endif
 
 }  // namespace cuda

@@ -6,6 +6,8 @@
 // shape.
 #pragma once
 
+#include <atomic>
+#include <cstddef>
 #include <initializer_list>
 #include <string>
 
@@ -50,6 +52,10 @@ void run(const Launch& launch, int64_t blocks, void (*kernel)(P...), const A&...
   }
 }
 #else
+// Threads, clusters and shared memory of a kernel's own choice; `ready` has a bit for each device
+// on which the kernel was given its shared memory.
+void launch_cluster(const Launch& launch, int64_t blocks, int threads, int cluster, size_t shared,
+                    std::atomic<uint64_t>& ready, const void* kernel, void** args);
 void run_raw(const Launch& launch, int64_t blocks, const void* kernel, void** args);
 
 template <class... P, class... A>

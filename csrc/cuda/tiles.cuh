@@ -138,6 +138,18 @@ struct Chunk {
   FASTRES_DEVICE int64_t unit_of(const Cut& c, int64_t at) const { return c.nhwc ? unit : at; }
 };
 
+// Which chunk a block sums, and which of its tiles of channels.
+struct Share {
+  int64_t index, program;
+  FASTRES_DEVICE Share(int64_t index, int64_t program) : index(index), program(program) {}
+  FASTRES_DEVICE explicit Share(const Cut& c)
+      : index(blockIdx.x / c.programs), program(blockIdx.x % c.programs) {}
+};
+
+struct BlockBarrier {
+  FASTRES_DEVICE void operator()() const { __syncthreads(); }
+};
+
 // The matrix of partial results that a block merges: NHWC: rows of threads x the channels of the
 // tile; NCHW: all threads x one channel.
 template <int L>
@@ -150,18 +162,18 @@ struct Tree {
     row = c.nhwc ? tid >> c.log_tx : tid;
     col = c.nhwc ? (tid & ((1 << c.log_tx) - 1)) * L : 0;
   }
-  // of column `col` of the tile
-  FASTRES_DEVICE int64_t channel(const Cut& c, int column) const {
-    return c.nhwc ? static_cast<int64_t>(blockIdx.x % c.programs) * cols + column
-                  : static_cast<int64_t>(blockIdx.x % c.programs);
+  // of a column of the tile
+  FASTRES_DEVICE int64_t channel(const Cut& c, const Share& share, int column) const {
+    return c.nhwc ? share.program * cols + column : share.program;
   }
 };
 
 // Sums over the rows of the tree, PARTS planes of kThreads * L cells, and stores the chunk's
-// partials. A fixed order: the result does not depend on which thread comes first.
-template <int PARTS, int L, class Shared>
-FASTRES_DEVICE void sum_block(float* part, Shared& cell, const float (&acc)[PARTS][L],
-                              const Cut& c) {
+// partials. A fixed order: the result does not depend on which thread comes first. kThreads threads
+// of the block take part; `barrier` holds them.
+template <int PARTS, int L, class Shared, class Barrier = BlockBarrier>
+FASTRES_DEVICE void sum_block(float* part, Shared& cell, const float (&acc)[PARTS][L], const Cut& c,
+                              const Share& share, const Barrier& barrier = Barrier{}) {
   const Tree<L> tree(c);
   const int tid = static_cast<int>(threadIdx.x);
 #pragma unroll
@@ -178,7 +190,7 @@ FASTRES_DEVICE void sum_block(float* part, Shared& cell, const float (&acc)[PART
     }
   }
   for (int half = tree.rows / 2; half > 0; half /= 2) {
-    __syncthreads();
+    barrier();
     const int cells = half * tree.cols;
     for (int i = tid; i < cells; i += kThreads) {
 #pragma unroll
@@ -188,14 +200,13 @@ FASTRES_DEVICE void sum_block(float* part, Shared& cell, const float (&acc)[PART
       }
     }
   }
-  __syncthreads();
-  const int64_t index = blockIdx.x / c.programs;
+  barrier();
   for (int i = tid; i < tree.cols; i += kThreads) {
-    const int64_t ch = tree.channel(c, i);
+    const int64_t ch = tree.channel(c, share, i);
     if (ch < c.channels) {
 #pragma unroll
       for (int p = 0; p < PARTS; ++p) {
-        part[(p * c.chunks + index) * c.channels + ch] = cell[p * kThreads * L + i];
+        part[(p * c.chunks + share.index) * c.channels + ch] = cell[p * kThreads * L + i];
       }
     }
   }
