@@ -65,7 +65,7 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
     # 3. bf16: oneDNN multiplies twice as fast as in fp32, these kernels do not. What is left is a
     #    gain where all weights stay in L2 and there are many tiles to use them on
     if dtype == torch.bfloat16 and (
-        what == "wgrad" or min(c, k) < 64 or max(c, k) > 128 or tiles < 192 or _matrix_unit()
+        what == "wgrad" or min(c, k) < 64 or max(c, k) > 128 or tiles < 192 or matrix_unit()
     ):
         return "bf16 multiplies faster directly"
     return switched_off() or _native.why_missing()
@@ -89,7 +89,7 @@ def runs(
 
 
 @functools.cache
-def _matrix_unit() -> bool:
+def matrix_unit() -> bool:
     """Whether the CPU has AMX, with which oneDNN multiplies bf16 16 times as fast as fp32."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres import _winograd, backends, counters
+from fastres import _pointwise, _winograd, backends, counters
 from fastres._layout import is_dense, is_nhwc, mask_shape
 
 GEOMETRY = 7  # ints of one conv: stride, padding, dilation (h, w each), groups
@@ -122,16 +122,18 @@ def conv_fwd(
     geometry: list[int],
     batch_statistics: bool = False,
 ) -> Tensor:
-    """conv(x) by the vendor, or by Winograd's algorithm where it is faster.
+    """conv(x) by the vendor, its convolution or its matrix product, or by Winograd's algorithm,
+    whichever is faster.
 
     batch_statistics: a batch norm in training mode follows."""
     sh, sw, ph, pw, dh, dw, groups = geometry
     if bias is None and _winograd_runs("fprop", x, weight, geometry, batch_statistics):
         return _winograd.fprop(x, weight, ph)
+    weight = cast(weight, x)
+    if bias is None and _pointwise.runs("fprop", x, weight, geometry):
+        return _pointwise.fprop(x, weight, (sh, sw))
     bias = None if bias is None else cast(bias, x)
-    return torch.convolution(
-        x, cast(weight, x), bias, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups
-    )
+    return torch.convolution(x, weight, bias, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups)
 
 
 def conv_bwd(
@@ -151,6 +153,10 @@ def conv_bwd(
             grad_x, need_dx = _winograd.dgrad(dy, weight, ph), False
         if need_dw and _winograd_runs("wgrad", x, weight, geometry, batch_statistics):
             grad_w, need_dw = _winograd.wgrad(dy, x, ph), False
+        if need_dx and _pointwise.runs("dgrad", x, weight, geometry):
+            grad_x, need_dx = _pointwise.dgrad(dy, cast(weight, x), x.shape, (sh, sw)), False
+        if need_dw and _pointwise.runs("wgrad", x, weight, geometry):
+            grad_w, need_dw = _pointwise.wgrad(dy, x, (sh, sw)), False
     if need_dx or need_dw:
         vendor_x, vendor_w, _ = torch.ops.aten.convolution_backward.default(
             dy, x, cast(weight, x), None, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups,
