@@ -5,6 +5,15 @@ wgrad multiplies: together they read the gradient (and y) and x once, where two 
 twice. A program holds a dw of all K output channels by BLOCK_N input channels in registers over its
 chunk of pixels, so K * BLOCK_N is bounded (why_not); the partials (chunks, K, C) are summed in a
 fixed order.
+
+Why K stops at 256. Every block of BLOCK_N input channels reads all of g and y, from L2 but for the
+first: 4 K C / BLOCK_N bytes a pixel in bf16, where two kernels read 4 K (C / 128 + C / 128) and x
+K / 128 times. With half of an SM's registers for dw BLOCK_N is 32768 / K: 64 for K = 512, 32 for
+1024, 16 for 2048. At 1.5 times memory's bandwidth for L2 the joint kernel then takes 1.6 times as
+long as the two at K = 1024 (C = 256), and 3 times at 2048; docs/roofline.md has the table. K = 512
+with 64 columns would win, but its g tile (64 pixels x 512, g, y and dy) takes another half of the
+registers: it needs a loop over parts of K with a dw in registers for each, or (sm_100) in tensor
+memory.
 """
 
 from __future__ import annotations
