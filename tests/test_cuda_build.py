@@ -13,6 +13,7 @@ import cuda_sass
 import pytest
 import torch
 
+from bench import pointwise_model
 from fastres import _cuda, _native, backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,13 @@ def test_the_budget_is_broken_by_a_conv_off_the_tensor_cores():
                          ({"wide_stage": 0}, "from the stage"), ({"arch": "sm_80"}, "for sm_80"),
                          ({"half_stores": 1}, "1 2-byte stores")]:  # fmt: skip
         assert said in cuda_sass.problems({**row, **change})[0]
+
+
+def test_the_table_of_predicted_times_is_current():
+    text = pointwise_model.PAGE.read_text()
+    assert pointwise_model.page(text) == text, "run: python -m bench.pointwise_model --write"
+    deep = pointwise_model.fprop(256, 1024, 14)
+    assert max(deep.times.values()) == deep.times["wgmma"] < deep.vendor_time
 
 
 # --- errors, before and at the launch -------------------------------------------------------------

@@ -7,8 +7,8 @@ namespace cuda {
 namespace {
 
 // 128 columns: beside 64 accumulators and 32 fragments, the epilogue holds 6 units of 4 registers
-// in flight and 24 sums. The layers with many columns (dgrad of a block's conv1) wait for the
-// epilogue's three or four tensors of C channels, not for the second reading of g and y from L2.
+// in flight and 24 sums; 256 columns spill 56 registers. From 1024 columns on the tiles wait for g
+// and y, read from L2 for each (bench/pointwise_model.py): there the vendor's conv may be faster.
 constexpr int kMostColumns = 128;
 
 Schedule dgrad_schedule(int64_t rows, int64_t c, int64_t k, bool bn, bool y, bool mask, bool prev) {
