@@ -60,9 +60,10 @@ def _rows() -> list[tuple[str, str, str, str, str]]:
             rows.append((op, "cpu", "-", "-", "oneDNN, and Winograd for 3x3: rung b"))
             rows.append((op, "triton", TRITON, "fp32 (TF32), bf16, fp16",
                          "NHWC; `conv_why_not` tells the rest"))  # fmt: skip
-            rows.append((op, "cuda", "sm_90a, CUTLASS", "bf16, fp16",
-                         "NHWC, C % 8 == 0, one group; normalised inputs and dy are formed "
-                         "by passes before the conv; dgrad, then wgrad"))  # fmt: skip
+            rows.append((op, "cuda", "sm_90a, by hand and CUTLASS", "bf16, fp16",
+                         "NHWC, C % 8 == 0, one group; normalised inputs and dy are formed in "
+                         "registers (1x1, stride 1) or by passes before the conv; dgrad, then "
+                         "wgrad"))  # fmt: skip
             continue
         stem = file == "test_bn_relu_maxpool.py"
         window = "; square window up to 15, padding at most half of it" if stem else ""
