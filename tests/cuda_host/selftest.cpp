@@ -5,12 +5,14 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cuda/add_relu.cuh"
+#include "cuda/device.cuh"
 
-// A kernel that the launchers run, with its barriers left out.
+// A kernel that the launchers run, with its barriers left out: those of the shared tiles, too.
 #define __syncthreads()
 #include "cuda/bn_stats.cuh"
 #undef __syncthreads
+
+#include "cuda/add_relu.cuh"
 
 using namespace fastres;
 using namespace fastres::cuda;
