@@ -40,11 +40,22 @@ from .ops import (
 )
 from .ops._args import check_conv_bn
 from .ops._ladder import check_fusion, own_rung, parse
+from .ops._rung_b import Program
 from .ops._units import in_format, needs_grad
 from .ops.bn_relu_maxpool import check_window
-from .ops.residual_stage import check_block
+from .ops.residual_stage import check_block, prepare_block, run_program, trains_eagerly
 
 CHOICES_KEPT = 64  # input shapes of a module whose plan entries are remembered
+
+
+class Programs(dict[tuple, Program]):
+    """A block's prepared training. Not copied, not pickled: a copy starts empty."""
+
+    def __deepcopy__(self, memo: dict) -> Programs:
+        return Programs()
+
+    def __reduce__(self) -> tuple:
+        return (Programs, ())
 
 
 @dataclass
@@ -56,6 +67,7 @@ class Fusion:
     rung: str | None = None
     choices: dict[tuple, tuple[int, str, str]] = field(default_factory=dict)
     cache: inference.Cache = field(default_factory=inference.Cache)
+    programs: Programs = field(default_factory=Programs)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -288,8 +300,9 @@ class ResidualBlockMixin(FusedMixin):
     def forward(self, x: Tensor) -> Tensor:
         reason = self._obstacle(x)
         if reason is None:
-            if choice_of(self, x)[0] != plan.EAGER:
-                return self.fused_forward(x)
+            choice, _ = choice_of(self, x)
+            if choice != plan.EAGER:
+                return _marked(*self._fused(x, False, None, choice))
         else:
             self._leave(reason)
         return super().forward(x)  # type: ignore[misc]
@@ -303,18 +316,22 @@ class ResidualBlockMixin(FusedMixin):
         return reason
 
     def fused_forward(self, x: Tensor) -> Tensor:
-        return _marked(*self._fused(x, False, None))
+        return _marked(*self._fused(x, False, None, choice_of(self, x)[0]))
 
     def _fused(
-        self, x: Tensor, own_input: bool, largest: float | None
+        self, x: Tensor, own_input: bool, largest: float | None, choice: str
     ) -> tuple[Tensor, float | None]:
         """(z, a bound of |z| where it is known).
 
         own_input: nobody else holds x, so that inference may write z over it. largest: a bound of
-        |x|, if known."""
+        |x|, if known. choice: choice_of this call."""
         module: nn.Module = self  # type: ignore[assignment]
         spec = self._fastres.spec
         x = _cast_input(module, spec, x)
+        if choice in ("b", plan.EAGER) and not torch.compiler.is_compiling():
+            units = [unit_of(module, pair) for pair in spec.pairs()]
+            if trains_eagerly(x, units):
+                return run_program(self._program(x, units), x, units), None
         if asked_rung(self._fastres) is not None:
             checked_rung(type(self).__name__, self._fastres.rung, x)
         reason = why_unfolded(module, spec, x)
@@ -324,9 +341,35 @@ class ResidualBlockMixin(FusedMixin):
                 return folded
         else:
             count_unfolded(reason)
-        choice, _ = choice_of(self, x)
         rung = checked_rung(type(self).__name__, None if choice == plan.EAGER else choice, x)
         return residual_block(x, *block_of(module, spec), rung), None
+
+    def _program(self, x: Tensor, units: list[Unit]) -> Program:
+        """This block's training on rung b; made anew, with all checks, for whatever of an input and
+        the units it has not seen yet."""
+        programs = self._fastres.programs
+        key = (
+            *_facts(x), x.stride(), backends.forced(), _winograd.switched_off(),
+            torch._C._get_mkldnn_enabled(),
+            *[_unit_facts(*u) for u in units],
+        )  # fmt: skip
+        program = programs.get(key)
+        if program is None:
+            if len(programs) >= CHOICES_KEPT:
+                programs.clear()
+            main = units if self._fastres.spec.shortcut is None else units[:-1]
+            program = prepare_block(x, main, None if main is units else units[-1])
+            programs[key] = program
+        return program
+
+
+def _facts(t: Tensor | None) -> tuple:
+    """What checks and choices read of a tensor."""
+    return () if t is None else (t.shape, t.dtype, t.device)
+
+
+def _unit_facts(conv: Conv, bn: BatchNorm) -> tuple:
+    return (*conv[2:], bn.eps, *map(_facts, (conv.weight, *bn[:4])))
 
 
 def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
@@ -410,10 +453,10 @@ def run_blocks(
                 isinstance(block, ResidualBlockMixin)
                 and _bypassable(block)
                 and block._obstacle(x) is None
-                and choice_of(block, x)[0] != plan.EAGER
             )
-            if fused:
-                (x, largest), own_input = block._fused(x, own_input, largest), True
+            choice = choice_of(block, x)[0] if fused else plan.EAGER
+            if choice != plan.EAGER:
+                (x, largest), own_input = block._fused(x, own_input, largest, choice), True
             else:
                 x, own_input, largest = block(_marked(x, largest)), False, None
     return x

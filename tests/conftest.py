@@ -86,10 +86,18 @@ def no_vendor(monkeypatch):
 
     def arm() -> None:
         from fastres import _cpu, _reference_conv
-        from fastres.ops import _ladder, _ladder_bwd, _one_conv, _units, conv_bn, residual_stage
+        from fastres.ops import (
+            _ladder,
+            _ladder_bwd,
+            _one_conv,
+            _rung_b,
+            _units,
+            conv_bn,
+            residual_stage,
+        )
 
-        for module in (_units, _ladder, _ladder_bwd, _one_conv, conv_bn, residual_stage):
-            for name in ("conv_fwd", "conv_bwd"):
+        for module in (_units, _ladder, _ladder_bwd, _one_conv, _rung_b, conv_bn, residual_stage):
+            for name in ("conv_fwd", "conv_bwd", "fprop_of", "backward_of"):
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, fail)
         for owner, names in (

@@ -6,6 +6,8 @@ variance, rstd."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -105,12 +107,85 @@ def _winograd_runs(
     return _winograd.why_not(what, x.shape, x.dtype, k, geometry, taps) is None
 
 
+Fprop = Callable[[Tensor, Tensor], Tensor]
+Backward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+
+
+def fprop_of(
+    x: Tensor, weight: Tensor, geometry: list[int], batch_statistics: bool = False
+) -> tuple[Fprop, bool]:
+    """(run, any_dtype): run(x, weight) is the conv, without a bias, on tensors of these sizes and
+    strides; by the vendor, its convolution or its matrix product, or by Winograd's algorithm,
+    whichever is faster. It takes the weight in x's dtype, or, any_dtype, as it is.
+
+    batch_statistics: a batch norm in training mode follows."""
+    sh, sw, ph, pw, dh, dw, groups = geometry
+    if _winograd_runs("fprop", x, weight, geometry, batch_statistics):
+        return functools.partial(_winograd.fprop, padding=ph), True
+    if _pointwise.runs("fprop", x, weight, geometry):
+        return functools.partial(_pointwise.fprop, stride=(sh, sw)), False
+    where = [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups
+
+    def vendor(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.convolution(x, weight, None, *where)
+
+    return vendor, False
+
+
+def backward_of(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: list[int],
+    need_dx: bool,
+    need_dw: bool,
+    batch_statistics: bool = False,
+) -> Backward:
+    """run(dy, x, weight) -> (dx, dw), dw in the weight's dtype, on tensors of these sizes and
+    strides. batch_statistics: as in `fprop_of`."""
+    sh, sw, ph, pw, dh, dw, groups = geometry
+    stride = sh, sw
+    dgrad: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    wgrad: Callable[[Tensor, Tensor], Tensor] | None = None
+    if is_nhwc(dy):
+        if not need_dx:
+            pass
+        elif _winograd_runs("dgrad", x, weight, geometry, batch_statistics):
+            dgrad = lambda dy, x, w: _winograd.dgrad(dy, w, ph)  # noqa: E731
+        elif _pointwise.runs("dgrad", x, weight, geometry):
+            dgrad = lambda dy, x, w: _pointwise.dgrad(dy, cast(w, x), x.shape, stride)  # noqa: E731
+        if not need_dw:
+            pass
+        elif _winograd_runs("wgrad", x, weight, geometry, batch_statistics):
+            wgrad = lambda dy, x: _winograd.wgrad(dy, x, ph)  # noqa: E731
+        elif _pointwise.runs("wgrad", x, weight, geometry):
+            wgrad = lambda dy, x: _pointwise.wgrad(dy, x, stride)  # noqa: E731
+    vendor = [need_dx and dgrad is None, need_dw and wgrad is None, False]
+    where = None, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups, vendor
+
+    def run(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        grad_x = None if dgrad is None else dgrad(dy, x, weight)
+        grad_w = None if wgrad is None else wgrad(dy, x)
+        if vendor[0] or vendor[1]:
+            vendor_x, vendor_w, _ = _convolution_backward(dy, x, cast(weight, x), *where)
+            grad_x = vendor_x if vendor[0] else grad_x
+            grad_w = vendor_w if vendor[1] else grad_w
+        if grad_w is not None and grad_w.dtype != weight.dtype:
+            grad_w = grad_w.to(weight.dtype)
+        return grad_x, grad_w
+
+    return run
+
+
+_convolution_backward = torch.ops.aten.convolution_backward.default
+
+
 def conv_weight(
     x: Tensor, weight: Tensor, geometry: list[int], batch_statistics: bool = False
 ) -> Tensor:
     """The weight as `conv_fwd` reads it, for a caller that keeps it for the backward: in x's dtype
     unless Winograd's algorithm takes it as it is."""
-    if weight.dtype == x.dtype or _winograd_runs("fprop", x, weight, geometry, batch_statistics):
+    if weight.dtype == x.dtype or fprop_of(x, weight, geometry, batch_statistics)[1]:
         return weight
     return weight.to(x.dtype)
 
@@ -122,17 +197,12 @@ def conv_fwd(
     geometry: list[int],
     batch_statistics: bool = False,
 ) -> Tensor:
-    """conv(x) by the vendor, its convolution or its matrix product, or by Winograd's algorithm,
-    whichever is faster.
-
-    batch_statistics: a batch norm in training mode follows."""
+    """conv(x); batch_statistics as in `fprop_of`."""
+    if bias is None:
+        run, any_dtype = fprop_of(x, weight, geometry, batch_statistics)
+        return run(x, weight if any_dtype else cast(weight, x))
     sh, sw, ph, pw, dh, dw, groups = geometry
-    if bias is None and _winograd_runs("fprop", x, weight, geometry, batch_statistics):
-        return _winograd.fprop(x, weight, ph)
-    weight = cast(weight, x)
-    if bias is None and _pointwise.runs("fprop", x, weight, geometry):
-        return _pointwise.fprop(x, weight, (sh, sw))
-    bias = None if bias is None else cast(bias, x)
+    weight, bias = cast(weight, x), cast(bias, x)
     return torch.convolution(x, weight, bias, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups)
 
 
@@ -145,28 +215,9 @@ def conv_bwd(
     need_dw: bool,
     batch_statistics: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dw), dw in the weight's dtype. batch_statistics: as in `conv_fwd`."""
-    sh, sw, ph, pw, dh, dw, groups = geometry
-    grad_x = grad_w = None
-    if is_nhwc(dy):
-        if need_dx and _winograd_runs("dgrad", x, weight, geometry, batch_statistics):
-            grad_x, need_dx = _winograd.dgrad(dy, weight, ph), False
-        if need_dw and _winograd_runs("wgrad", x, weight, geometry, batch_statistics):
-            grad_w, need_dw = _winograd.wgrad(dy, x, ph), False
-        if need_dx and _pointwise.runs("dgrad", x, weight, geometry):
-            grad_x, need_dx = _pointwise.dgrad(dy, cast(weight, x), x.shape, (sh, sw)), False
-        if need_dw and _pointwise.runs("wgrad", x, weight, geometry):
-            grad_w, need_dw = _pointwise.wgrad(dy, x, (sh, sw)), False
-    if need_dx or need_dw:
-        vendor_x, vendor_w, _ = torch.ops.aten.convolution_backward.default(
-            dy, x, cast(weight, x), None, [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups,
-            [need_dx, need_dw, False],
-        )  # fmt: skip
-        grad_x = vendor_x if need_dx else grad_x
-        grad_w = vendor_w if need_dw else grad_w
-    if grad_w is not None and grad_w.dtype != weight.dtype:
-        grad_w = grad_w.to(weight.dtype)
-    return grad_x, grad_w
+    """(dx, dw), dw in the weight's dtype. batch_statistics: as in `fprop_of`."""
+    run = backward_of(dy, x, weight, geometry, need_dx, need_dw, batch_statistics)
+    return run(dy, x, weight)
 
 
 def bn_statistics(

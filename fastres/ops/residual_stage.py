@@ -45,6 +45,7 @@ from ._ladder import (
 )
 from ._ladder_bwd import backward
 from ._library import define, plain_eager, refuse_double_backward
+from ._rung_b import BlockNode, Program
 from ._units import (
     GEOMETRY,
     alloc_mask,
@@ -459,11 +460,6 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
             every.append(shortcut)
     fusion = check_fusion(op, fusion, x)
     check_passes(op, fusion, blocks)
-    weights = [u.conv.weight for u in every]
-    affines = [u.bn.affine(s[1], x) for u, s in zip(every, shapes, strict=True)]
-    running = [u.bn.running(s[1], x) for u, s in zip(every, shapes, strict=True)]
-    gammas, betas = [a[0] for a in affines], [a[1] for a in affines]
-    means, variances = [r[0] for r in running], [r[1] for r in running]
     stage = Stage(
         [len(units) for units, _ in blocks],
         [shortcut is not None for _, shortcut in blocks],
@@ -472,6 +468,13 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
         [u.bn.eps for u in every],
         fusion,
     )
+    if fusion == "b" and len(blocks) == 1 and trains_eagerly(x, every):
+        return run_program(Program(x, stage, shapes), x, every)
+    weights = [u.conv.weight for u in every]
+    affines = [u.bn.affine(s[1], x) for u, s in zip(every, shapes, strict=True)]
+    running = [u.bn.running(s[1], x) for u, s in zip(every, shapes, strict=True)]
+    gammas, betas = [a[0] for a in affines], [a[1] for a in affines]
+    means, variances = [r[0] for r in running], [r[1] for r in running]
     save = needs_grad(x, *weights, *gammas, *betas)
     bns = [u.bn for u in every]
     counts = [s[0] * s[2] * s[3] for s in shapes]
@@ -491,6 +494,59 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
             z, _, _, _, stats = forward(x, *columns, stage, False, fixed)
             update(stats)
     return z
+
+
+# --- a block's training on rung b, prepared -------------------------------------------------------
+
+
+def trains_eagerly(x: Tensor, every: list[Unit]) -> bool:
+    """Whether this is training on the statistics of the batch, and nothing watches the dispatcher:
+    what a Program runs."""
+    return (
+        all([u.bn.training for u in every])
+        and plain_eager(x, *[u.conv.weight for u in every])
+        and torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or any([needs_grad(u.conv.weight, u.bn.weight, u.bn.bias) for u in every])
+        )
+    )
+
+
+def prepare_block(x: Tensor, units: list[Unit], shortcut: Unit | None) -> Program:
+    """The program of `residual_block(x, units, shortcut, "b")`, after the same checks."""
+    check_activation("residual_block", "x", x)
+    shapes: list[tuple[int, ...]] = []
+    check_block("residual_block", x, tuple(x.shape), units, shortcut, shapes)
+    every = units if shortcut is None else [*units, shortcut]
+    stage = Stage(
+        [len(units)],
+        [shortcut is not None],
+        [g for u in every for g in u.conv.geometry()],
+        [True] * len(every),
+        [u.bn.eps for u in every],
+        "b",
+    )
+    return Program(x, stage, shapes)
+
+
+def run_program(program: Program, x: Tensor, every: list[Unit]) -> Tensor:
+    """The block on x, which trains_eagerly; every: its units, the projection last."""
+    affines = [
+        u.bn.affine(u.conv.weight.shape[0], x)
+        if u.bn.weight is None or u.bn.bias is None
+        else (u.bn.weight, u.bn.bias)
+        for u in every
+    ]
+    return BlockNode.apply(
+        program,
+        [u.bn for u in every],
+        torch.ops.fastres.residual_stage_bwd,
+        x,
+        *[u.conv.weight for u in every],
+        *[gamma for gamma, _ in affines],
+        *[beta for _, beta in affines],
+    )
 
 
 def check_block(
