@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.nn import FastBottleneck
-from fastres.ops import _ladder
+from fastres.ops import _ladder, _rung_b
 
 torchvision = pytest.importorskip("torchvision")
 
 
-def network(kind: str) -> nn.Module:
-    """A ResNet of four stages; the blocks of a stage differ from kind to kind."""
+def network(kind: str, stages: int = 4) -> nn.Module:
+    """A ResNet; the blocks of a stage differ from kind to kind."""
     from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
     torch.manual_seed(0)
@@ -28,7 +28,11 @@ def network(kind: str) -> nn.Module:
         "bottleneck": (Bottleneck, [2, 1, 1, 1], {"width_per_group": 16}),
         "grouped": (Bottleneck, [2, 1, 1, 1], {"groups": 8, "width_per_group": 2}),
     }[kind]
-    return ResNet(block, layers, num_classes=10, **extra).to(memory_format=torch.channels_last)
+    model = ResNet(block, layers, num_classes=10, **extra)
+    for i in range(stages + 1, 5):
+        setattr(model, f"layer{i}", nn.Sequential())
+    model.fc = nn.Linear(64 * 2 ** (stages - 1) * block.expansion, 10)
+    return model.to(memory_format=torch.channels_last)
 
 
 def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -60,7 +64,7 @@ def test_a_network_trains_on_triton(kind, rung, monkeypatch, no_vendor):
 
     for name in ("conv_fprop", "conv_dgrad", "conv_wgrad", "conv_bwd_pointwise"):
         monkeypatch.setattr(kernels, name, functools.partial(counted, name, getattr(kernels, name)))
-    model = network(kind)
+    model = network(kind, stages=4 if rung else 2)  # the interpreter takes a minute for four
     truth = step(copy.deepcopy(model).double(), sample(torch.float64))
     eager = step(copy.deepcopy(model), sample())
     fastres.convert(model, fusion=rung)
@@ -88,6 +92,12 @@ def test_convert_runs_each_layer_as_one_stage(rung, monkeypatch):
         stages.append(len(args[5].main))
         return forward(x, *args)
 
+    def counted_block(program, *args):
+        stages.append(len(program.stage.main))
+        return prepared(program, *args)
+
+    prepared = _rung_b.Program.forward
+    monkeypatch.setattr(_rung_b.Program, "forward", counted_block)
     module = importlib.import_module("fastres.ops.residual_stage")
     monkeypatch.setattr(module, "forward", counted)
     model = network("bottleneck").double()

@@ -32,13 +32,14 @@ def without_torch(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_install_wheel_works_from_another_folder(tmp_path):
-    """Built in the tree, so that the native build is incremental; build isolation is CI's job."""
+    """Built in the tree, so that the native build is incremental; build isolation and the CUDA
+    kernels, compiled anew where their headers lie elsewhere, are CI's own install's job."""
     for needed in ("cmake", "ninja", "pybind11", "setuptools"):
         pytest.importorskip(needed)
     run(
         [*PIP, "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)],
         cwd=ROOT,
-        env=without_torch(tmp_path),
+        env=without_torch(tmp_path) | {"FASTRES_SKIP_CUDA": "1"},
     )
     wheel = next(tmp_path.glob("fastres-*.whl"))
     target = tmp_path / "site"

@@ -6,7 +6,6 @@ variance, rstd."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -121,9 +120,9 @@ def fprop_of(
     batch_statistics: a batch norm in training mode follows."""
     sh, sw, ph, pw, dh, dw, groups = geometry
     if _winograd_runs("fprop", x, weight, geometry, batch_statistics):
-        return functools.partial(_winograd.fprop, padding=ph), True
+        return lambda x, w: _winograd.fprop(x, w, ph), True
     if _pointwise.runs("fprop", x, weight, geometry):
-        return functools.partial(_pointwise.fprop, stride=(sh, sw)), False
+        return lambda x, w: _pointwise.fprop(x, w, (sh, sw)), False
     where = [sh, sw], [ph, pw], [dh, dw], False, [0, 0], groups
 
     def vendor(x: Tensor, weight: Tensor) -> Tensor:
