@@ -16,6 +16,7 @@ from ._members import child, tensor_of
 from .ops.bn_relu_maxpool import MAX_KERNEL
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch_module, "_global" + hooks) for hooks in _HOOKS]  # torch's own dicts
 PLAIN = (Tensor, nn.Parameter)  # everything else has its own idea of what an operation does
 
 
@@ -31,6 +32,7 @@ class Spec:
     plain: tuple[tuple[str, type], ...] = ()
     _pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False)
     _covered: tuple[tuple[str, type], ...] = field(init=False, repr=False)
+    _kinds: tuple[type, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         pairs = self.units if self.shortcut is None else (*self.units, self.shortcut)
@@ -41,6 +43,7 @@ class Spec:
             covered.append((self.shortcut[0].rpartition(".")[0], nn.Sequential))
         object.__setattr__(self, "_pairs", pairs)
         object.__setattr__(self, "_covered", tuple(covered))
+        object.__setattr__(self, "_kinds", tuple({kind for _, kind in covered}))
 
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """The units, and the shortcut's."""
@@ -49,6 +52,10 @@ class Spec:
     def covered(self) -> tuple[tuple[str, type], ...]:
         """(path, exact type) of every child the fused forward stands in for."""
         return self._covered
+
+    def kinds(self) -> tuple[type, ...]:
+        """The types among them."""
+        return self._kinds
 
 
 # --- replaced forwards ----------------------------------------------------------------------------
@@ -150,13 +157,14 @@ def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
             return f"{path} has a hook, which needs the unfused tensors"
         if "forward" in own:
             return f"{path} has another forward of its own"
-        if replaced(kind, "forward"):
-            return f"{kind.__name__}.forward was replaced"
         obstacle = _KINDS.get(kind)
         reason = None if obstacle is None else obstacle(m, path)
         if reason is not None:
             return reason
-    if any(getattr(torch_module, "_global" + hooks) for hooks in _HOOKS):
+    for kind in spec.kinds():
+        if replaced(kind, "forward"):
+            return f"{kind.__name__}.forward was replaced"
+    if any(_GLOBAL_HOOKS):
         return "a global module hook is registered"
     return None
 

@@ -24,7 +24,6 @@ from ._ladder import Stage
 from ._units import (
     Backward,
     Fprop,
-    Norm,
     backward_of,
     cast,
     dense,
@@ -37,6 +36,14 @@ from .running_stats import update_running_stats
 
 _NO_SHORTCUT = (None,) * 5
 _NO_RESIDUAL = (None,) * 3
+_NO_NORM = (None,) * 4
+
+Affine = tuple[Tensor, Tensor, Tensor, Tensor]  # mean, rstd, gamma, beta, as the kernels take them
+
+
+def _affine(stats: Tensor, gamma: Tensor, beta: Tensor, y: Tensor) -> Affine:
+    mean, _, rstd = stats.unbind(0)
+    return mean, rstd, vector(gamma, y), vector(beta, y)
 
 
 class Program:
@@ -64,8 +71,10 @@ class Program:
         self.fprops: dict[tuple, tuple[Fprop, bool]] = {}
         self.backwards: dict[tuple, Backward] = {}
 
-    def unit(self, i: int, h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(y, stats (3, K), the weight as it was read) of conv i on h."""
+    def unit(
+        self, i: int, h: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor
+    ) -> tuple[Tensor, Tensor, Affine, Tensor]:
+        """(y, stats (3, K), how to normalise y, the weight as it was read) of conv i on h."""
         key = i, h.stride()
         found = self.fprops.get(key)
         if found is None:
@@ -77,8 +86,9 @@ class Program:
         if not is_dense(y):
             y = dense(y, "residual_block conv output")
         stats = torch.empty((3, y.shape[1]), dtype=self.dtype, device=y.device)
-        self.backend.bn_stats(*stats.unbind(0), y, self.eps[i])
-        return y, stats, weight
+        mean, var, rstd = stats.unbind(0)
+        self.backend.bn_stats(mean, var, rstd, y, self.eps[i])
+        return y, stats, (mean, rstd, vector(gamma, y), vector(beta, y)), weight
 
     def conv_backward(
         self, i: int, dy: Tensor, h: Tensor, weight: Tensor, need_dx: bool, need_dw: bool
@@ -105,33 +115,27 @@ class Program:
         h = x
         for i in range(last + 1):
             # 1. conv and statistics
-            y, stats, weight = self.unit(i, h, weights[i])
+            y, stats, affine, weight = self.unit(i, h, weights[i], gammas[i], betas[i])
             ys.append(y)
             all_stats.append(stats)
             used.append(weight)
-            norm = Norm(stats, vector(gammas[i], y), vector(betas[i], y))
             # 2. normalise and ReLU, inside the block
             if i < last:
                 h = torch.empty_like(y)
-                backend.bn_apply(
-                    h, None, y, norm.mean, norm.rstd, norm.gamma, norm.beta, *_NO_SHORTCUT, True
-                )
+                backend.bn_apply(h, None, y, *affine, *_NO_SHORTCUT, True)
         # 3. normalise, add the shortcut, ReLU
         if self.projected:
             i = last + 1
-            y_s, stats, weight = self.unit(i, x, weights[i])
+            y_s, stats, res, weight = self.unit(i, x, weights[i], gammas[i], betas[i])
             ys.append(y_s)
             all_stats.append(stats)
             used.append(weight)
-            res = Norm(stats, vector(gammas[i], y_s), vector(betas[i], y_s))
-            y_s = in_format(y_s, is_nhwc(y), "residual_block shortcut")
-            shortcut: tuple = (y_s, res.mean, res.rstd, res.gamma, res.beta)
+            shortcut: tuple = (in_format(y_s, is_nhwc(y), "residual_block shortcut"), *res)
         else:
-            x = in_format(x, is_nhwc(y), "residual_block shortcut")
-            shortcut = (x, None, None, None, None)
+            shortcut = (in_format(x, is_nhwc(y), "residual_block shortcut"), *_NO_NORM)
         z = torch.empty_like(y)
         mask = torch.empty(mask_shape(y), dtype=torch.uint8, device=y.device)
-        backend.bn_apply(z, mask, y, norm.mean, norm.rstd, norm.gamma, norm.beta, *shortcut, True)
+        backend.bn_apply(z, mask, y, *affine, *shortcut, True)
         return z, mask, ys, all_stats, used
 
     # --- backward ---
@@ -158,26 +162,25 @@ class Program:
         dz = in_format(dz, is_nhwc(y), "residual_block backward")
         dws: list[Tensor | None] = [None] * count
         dgammas, dbetas = [x] * count, [x] * count
-        norm = Norm(stats[last], vector(gammas[last], y), vector(betas[last], y))
+        affine = _affine(stats[last], gammas[last], betas[last], y)
         # 1. the last batch norm, and the shortcut's; the shortcut's gradient of x
         dgamma, dbeta = self._vectors(y, 2)
         dgammas[last], dbetas[last] = dgamma, dbeta
-        affine = norm.mean, norm.rstd, norm.gamma, norm.beta
         dres = None
         dy = torch.empty_like(y)
         if self.projected:
             j = last + 1
             y_s = in_format(ys[j], is_nhwc(y), "residual_block backward shortcut")
-            res = Norm(stats[j], vector(gammas[j], y_s))
+            res_mean, res_rstd, res_gamma, _ = _affine(stats[j], gammas[j], betas[j], y_s)
             (res_dgamma,) = self._vectors(y, 1)
             backend.bn_bwd_reduce(
-                dgamma, dbeta, res_dgamma, dz, mask, y, *affine, y_s, res.mean, res.rstd, "mask"
+                dgamma, dbeta, res_dgamma, dz, mask, y, *affine, y_s, res_mean, res_rstd, "mask"
             )
             dgammas[j], dbetas[j] = res_dgamma, dbeta.clone()
             dy_s = torch.empty_like(y)
             backend.bn_bwd_apply(
                 dy, dy_s, dz, mask, y, *affine, dgamma, dbeta,
-                y_s, res.mean, res.rstd, res.gamma, res_dgamma, "mask", True, True,
+                y_s, res_mean, res_rstd, res_gamma, res_dgamma, "mask", True, True,
             )  # fmt: skip
             del y_s, ys[j:]
             if need_dx or need_dw[j]:
@@ -197,8 +200,7 @@ class Program:
             h = x
             if i > 0:
                 y = ys[i - 1]
-                norm = Norm(stats[i - 1], vector(gammas[i - 1], y), vector(betas[i - 1], y))
-                affine = norm.mean, norm.rstd, norm.gamma, norm.beta
+                affine = _affine(stats[i - 1], gammas[i - 1], betas[i - 1], y)
                 if need_dw[i]:
                     h = torch.empty_like(y)
                     backend.bn_apply(h, None, y, *affine, *_NO_SHORTCUT, True)
