@@ -33,7 +33,9 @@ ON_CPU = [name for name in BACKENDS if name != "cuda" or cuda_host.wanted()]
 RIGHT = [(name, family) for name in ON_CPU for family in ("passes", "pool")]
 
 
-@pytest.mark.parametrize("name, family", [*RIGHT, ("triton", "convs")])
+@pytest.mark.parametrize(
+    "name, family", [*RIGHT, *((name, "convs") for name in ON_CPU if name != "cpu")]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_right_kernels_pass(name, family, dtype):
     assert selfcheck.run(backend(name), CPU, family, dtype) is None
@@ -77,6 +79,7 @@ if cuda_host.wanted():
         ("cuda", "passes", "bn_bwd_reduce", 1), ("cuda", "passes", "bn_bwd_apply", 1),
         ("cuda", "passes", "relu_bwd", 0), ("cuda", "pool", "bn_relu_maxpool", 0),
         ("cuda", "pool", "bn_relu_maxpool_bwd_apply", 0),
+        *(("cuda", "convs", f"conv_{k}", 0) for k in ("fprop", "fprop_act", "dgrad", "wgrad")),
     ]  # fmt: skip
 
     def test_cuda_kernels_are_checked_before_their_first_use(monkeypatch):
@@ -86,6 +89,22 @@ if cuda_host.wanted():
             monkeypatch.setattr(module, "bn_relu_maxpool", lambda *args: None)
             reason = selfcheck.obstacle(x, "pool")
         assert "the cuda kernels failed their self-check" in reason
+
+    def test_cuda_convs_run_once_they_passed_their_check():
+        module = backend("cuda")
+        m = block(16).bfloat16().to(memory_format=torch.channels_last)
+        m._fastres.rung = "c2"
+        x = torch.randn(2, 16, 5, 5).bfloat16().contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            want = m.relu(m.bn2(m.conv2(m.relu(m.bn1(m.conv1(x))))) + x)
+        runs = []
+        run = module.conv_fprop
+        with fastres.use_backend("cuda"), pytest.MonkeyPatch.context() as patch:
+            assert selfcheck.obstacle(x, "convs") is None
+            patch.setattr(module, "conv_fprop", lambda *args: runs.append(1) or run(*args))
+            got = m(x)
+        assert len(runs) == 2
+        assert (got - want).abs().max() <= 0.03 * want.abs().max()
 
 
 @pytest.mark.parametrize("name, family, kernel, output", BROKEN)
@@ -100,7 +119,8 @@ def test_a_wrong_kernel_fails(name, family, kernel, output, monkeypatch):
         out[(1, 2, 0, 0)[: out.dim()] if out.dim() == 4 else 3] += out[~out.isnan()].abs().max()
 
     monkeypatch.setattr(module, kernel, wrong)
-    assert selfcheck.run(module, CPU, family) is not None
+    dtype = torch.bfloat16 if (name, family) == ("cuda", "convs") else torch.float32
+    assert selfcheck.run(module, CPU, family, dtype) is not None
 
 
 def _dual(args):
@@ -205,19 +225,19 @@ def test_a_pass_is_remembered_and_a_failure_is_not(cache, monkeypatch, caplog):
     assert selfcheck.obstacle(x, "passes") is None
     assert len(runs) == 1
     (file,) = cache.glob("checked-*.json")
-    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v4"]
+    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v5"]
     selfcheck.forget()  # another process
     assert selfcheck.obstacle(x, "passes") is None and len(runs) == 1
 
     monkeypatch.setattr(module, "bn_relu_maxpool", lambda *args: None)
     reason = selfcheck.obstacle(x, "pool")
     assert "the cpu kernels failed their self-check on" in reason and reason in caplog.text
-    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v4"]
+    assert json.loads(file.read_text())["passed"] == ["cpu passes float32 v5"]
     assert selfcheck.obstacle(x.double(), "pool") is None  # the reference runs that
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes float32 v4"]}']
+    "text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes float32 v5"]}']
 )
 def test_a_corrupt_or_foreign_memory_is_not_trusted(cache, text, monkeypatch):
     backend("cpu")
@@ -228,9 +248,9 @@ def test_a_corrupt_or_foreign_memory_is_not_trusted(cache, text, monkeypatch):
     assert selfcheck.obstacle(torch.zeros(1, 8, 2, 2), "passes") is None and len(runs) == 1
 
 
-def block() -> FastBasicBlock:
+def block(channels: int = 8) -> FastBasicBlock:
     torch.manual_seed(0)
-    return FastBasicBlock(8, 8)
+    return FastBasicBlock(channels, channels)
 
 
 def test_a_module_whose_kernels_fail_runs_the_original(monkeypatch):
