@@ -57,8 +57,14 @@ def conv_missing(device: torch.device) -> str | None:
 def _sizes(x: Tensor, weight: Tensor, geometry: list[int]) -> tuple[int, tuple[int, ...]]:
     """dtype code; N H W C, K R S, P Q, stride, padding, dilation."""
     n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    sh, sw, ph, pw, dh, dw, _ = geometry
+    k, of_group, r, s = weight.shape
+    sh, sw, ph, pw, dh, dw, groups = geometry
+    if groups != 1 or of_group != c:  # the launchers have no argument for it: they would read on
+        raise ValueError(
+            f"fastres cuda: a conv of {groups} groups, {c} channels and a weight of "
+            f"{tuple(weight.shape)}: the kernels take one group and a weight of all channels "
+            "(conv_why_not tells beforehand)"
+        )
     p = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1
     q = (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
     return DTYPE.get(x.dtype, 0), (n, h, w, c, k, r, s, p, q, sh, sw, ph, pw, dh, dw)

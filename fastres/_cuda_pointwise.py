@@ -31,6 +31,8 @@ def why_not(x: Tensor, weight: Tensor, geometry) -> str | None:
     """None when these kernels take the conv, otherwise the reason."""
     if tuple(weight.shape[2:]) != (1, 1) or list(geometry) != [1, 1, 0, 0, *geometry[4:6], 1]:
         return "not a 1x1 conv of stride 1 and one group"
+    if weight.shape[1] != x.shape[1]:
+        return f"a weight of {weight.shape[1]} channels for {x.shape[1]}"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {x.dtype}"
     if not x.is_contiguous(memory_format=torch.channels_last):

@@ -268,6 +268,27 @@ def test_refuses_with_a_reason(module, reason):
             module.conv_fprop(y, None, None, None, x, w, layer.geometry, None, None, conv.EPS)
 
 
+GROUPED = {"3x3": (3, 1, 2, 8), "1x1": (1, 0, 2, 8), "1x1, a weight too short": (1, 0, 1, 8)}
+
+
+@pytest.mark.parametrize("form", GROUPED, ids=lambda f: f"cuda-{f.replace(' ', '-')}")
+def test_groups_are_not_read_past_the_weights_end(module, form):
+    """Asked for all the same, as the ops do not."""
+    r, padding, groups, of_group = GROUPED[form]
+    geometry = [1, 1, padding, padding, 1, 1, groups]
+    x, w = empty((1, 16, 4, 4), torch.bfloat16), empty((16, of_group, r, r), torch.bfloat16)
+    said = rf"{groups} groups, 16 channels and a weight of \(16, {of_group}, {r}, {r}\)"
+    calls = [
+        lambda m: m.conv_fprop(x, None, None, None, x, w, geometry, None, None, conv.EPS),
+        lambda m: m.conv_fprop_act(x, x, w, geometry, None, None, False),
+        lambda m: m.conv_dgrad(x, None, Gradient(x), w, geometry, None, None, None),
+        lambda m: m.conv_wgrad(w, Gradient(x), x, geometry, None, None),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=said):
+            call(_cuda)
+
+
 def test_nchw_is_refused(module):
     x, w = torch.empty(1, 8, 4, 4, dtype=torch.bfloat16), torch.empty(8, 8, 1, 1)
     assert "NCHW" in module.conv_why_not(x, w, [1, 1, 0, 0, 1, 1, 1])
