@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import _heuristic, _winograd, backends, counters, inference, plan, selfcheck
 from ._layout import is_nhwc
+from ._members import tensor_of
 from ._spec import (
     PLAIN,
     Spec,
@@ -259,16 +260,17 @@ def why_unfolded(module: nn.Module, spec: Spec, x: Tensor) -> str | None:
     when it is not inference on the CPU, or not on a batch that any forward takes."""
     if torch.compiler.is_compiling() or not x.is_cpu or x.dim() != 4 or x.numel() == 0:
         return ""
-    tensors: list[Tensor | None] = [x]
+    grad = torch.is_grad_enabled()
+    if (grad and x.requires_grad) or backends.forced() not in (None, "cpu"):
+        return ""
     for conv, bn in modules_of(module, spec):
-        if bn.training or bn.running_mean is None or bn.running_var is None:
+        if bn.training or tensor_of(bn, "running_mean") is None:
             return ""
-        weight = conv.weight
+        weight = tensor_of(conv, "weight")
         if weight.dtype not in (x.dtype, torch.float32) or type(weight) not in PLAIN:
             return ""
-        tensors += [weight, bn.weight, bn.bias]
-    if needs_grad(*tensors) or backends.forced() not in (None, "cpu"):
-        return ""
+        if grad and needs_grad(weight, tensor_of(bn, "weight"), tensor_of(bn, "bias")):
+            return ""
     if inference.sharded():
         return "FSDP's parameters cannot be watched for changes"
     return inference.usable(x)
@@ -328,7 +330,11 @@ class ResidualBlockMixin(FusedMixin):
         module: nn.Module = self  # type: ignore[assignment]
         spec = self._fastres.spec
         x = _cast_input(module, spec, x)
-        if choice in ("b", plan.EAGER) and not torch.compiler.is_compiling():
+        if (
+            choice in ("b", plan.EAGER)
+            and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
             units = [unit_of(module, pair) for pair in spec.pairs()]
             if trains_eagerly(x, units):
                 return run_program(self._program(x, units), x, units), None
@@ -375,7 +381,7 @@ def _unit_facts(conv: Conv, bn: BatchNorm) -> tuple:
 def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
     """x in the dtype the convs run in: autocast's, otherwise its own, which must be the
     weights'."""
-    weight = child(module, spec.units[0][0]).weight
+    weight = tensor_of(child(module, spec.units[0][0]), "weight")
     if weight.device != x.device:
         raise ValueError(
             f"{type(module).__name__}: the input is on {x.device}, but the weights are on "
