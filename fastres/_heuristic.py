@@ -2,9 +2,11 @@
 where the block is too small for it.
 
 Rung b spares passes over the outputs of the convs, and its autograd node costs host time: some
-0.4 ms a training step and block more than the original's, most of it the interpreter's. On 2 cores
-that is what sparing passes over 4 MB of outputs brings (bench/results/cpu-small-blocks.json, by
-`python -m bench.small_blocks`). Convs that run by Winograd's algorithm gain more than either."""
+0.25 ms a training step and block more than the original's, most of it the interpreter's. On 2 cores
+that is what sparing passes over 0.7 million outputs brings, in bf16 and in fp32
+(bench/results/cpu-small-blocks.json, by `python -m bench.small_blocks`). Convs that run by
+Winograd's algorithm, and 1x1 convs of many weights that run as matrix products, gain more than
+either."""
 
 from __future__ import annotations
 
@@ -13,19 +15,20 @@ import os
 
 import torch
 
-from . import _winograd, plan
+from . import _pointwise, _winograd, plan
 
 
 def _small() -> int:
-    text = os.environ.get("FASTRES_SMALL_BLOCK", "4000000")
+    text = os.environ.get("FASTRES_SMALL_BLOCK", "700000")
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"FASTRES_SMALL_BLOCK must be a number of bytes, got {text!r}") from None
+        raise ValueError(f"FASTRES_SMALL_BLOCK must be a number of values, got {text!r}") from None
 
 
-SMALL = _small()  # bytes of a block's conv outputs
-WHY = "heuristic: {:.1f} MB of conv outputs; fusing saves less than its host time below {:.1f}"
+SMALL = _small()  # values that the convs of a block put out
+LARGE_WEIGHT = 1 << 18  # of a 1x1 conv, where a matrix product spares milliseconds
+WHY = "heuristic: {:.2f} million conv outputs; fusing saves less than its host time below {:.2f}"
 
 Shape = tuple[int, ...]
 # input shape, K, filter's size, geometry (stride, padding, dilation, groups) of a conv
@@ -37,11 +40,15 @@ def of_block(
     convs: tuple[ConvCall, ...], dtype: torch.dtype, winograd: bool, small: int
 ) -> tuple[str, str]:
     """(choice, why) for training a block of these convs on a CPU. winograd: whether it is switched
-    on; small: bytes, usually SMALL."""
+    on; small: outputs, usually SMALL."""
     total = 0
     for shape, k, (r, s), geometry in convs:
-        if winograd and any(
-            _winograd.why_not(what, shape, dtype, k, geometry, (r, s)) is None
+        faster = [_winograd] if winograd else []
+        if shape[1] * k >= LARGE_WEIGHT:
+            faster.append(_pointwise)
+        if any(
+            where.why_not(what, shape, dtype, k, geometry, (r, s)) is None
+            for where in faster
             for what in ("fprop", "dgrad", "wgrad")
         ):
             return plan.HEURISTIC
@@ -50,7 +57,6 @@ def of_block(
         total += n * k * ((h + 2 * ph - dh * (r - 1) - 1) // sh + 1) * (
             (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
         )  # fmt: skip
-    total *= dtype.itemsize
     if total >= small:
         return plan.HEURISTIC
     return plan.EAGER, WHY.format(total / 1e6, small / 1e6)
