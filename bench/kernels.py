@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastres._contract import Gradient, Normalise, NormGradient, Previous, Shortcut, Sums
 from fastres._layout import outer_inner
+from fastres._tf32 import conv_tf32
 from fastres.convert.verify import FLOOR, difference
 from fastres.reference import pack_mask
 from fastres.roofline import ConvShape, Traffic, traffic
@@ -615,7 +616,7 @@ def _floor(kernel: Kernel, o: Operands) -> float:
     may multiply in TF32, which has fp16's mantissa."""
     if kernel.role != "conv":
         return 0.0
-    tf32 = o.x.is_cuda and o.x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    tf32 = o.x.is_cuda and o.x.dtype == torch.float32 and conv_tf32()
     return FLOOR[torch.float16 if tf32 else o.x.dtype]
 
 

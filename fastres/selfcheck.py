@@ -25,6 +25,7 @@ from fastres import _reference_backend as reference
 from fastres import backends, plan
 from fastres._contract import Gradient, Normalise, NormGradient, Previous, Shortcut, Sums
 from fastres._layout import mask_shape
+from fastres._tf32 import conv_tf32
 
 log = logging.getLogger("fastres")
 
@@ -372,7 +373,7 @@ def _verdict(name: str, device: torch.device, family: str, dtype: torch.dtype) -
         return None
     who = plan.identity(device.type, device.index)
     label = f"{name} {family} {str(dtype).removeprefix('torch.')} v{VERSION}"
-    if family == "convs" and dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+    if family == "convs" and dtype == torch.float32 and conv_tf32():
         label += " tf32"
     passed = _remembered(who)
     if label in passed:

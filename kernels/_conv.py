@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastres._tf32 import conv_tf32
+
 from ._tile import (
     BF16,
     INTERPRETED,
@@ -298,7 +300,7 @@ def wide(*tensors: torch.Tensor | None) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """How tl.dot multiplies fp32: TF32 where the user allowed it for convolutions, as cuDNN."""
-    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+    if dtype == torch.float32 and conv_tf32():
         return "tf32"
     return "ieee"
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
+from fastres._tf32 import conv_tf32
+
 from ._launch import INTERPRETED
 
 
@@ -107,7 +109,7 @@ def _fit(size: int, most: int, least: int = 16) -> int:
 def _plain_fma(arch: Arch, itemsize: int) -> bool:
     """fp32 without TF32: NVIDIA's tensor cores do not take it, so that a dot is plain FMAs, its
     operands in registers."""
-    return itemsize == 4 and arch.name.startswith("sm_") and not torch.backends.cudnn.allow_tf32
+    return itemsize == 4 and arch.name.startswith("sm_") and not conv_tf32()
 
 
 def _gemm(

@@ -585,6 +585,42 @@ def test_an_architecture_without_a_table_is_named(triton, monkeypatch):
     assert config.arch_of(torch.device("cuda")).name == "sm_80"
 
 
+@pytest.fixture
+def precisions():
+    """torch.backends without a setting of the convs' own; put back afterwards."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield torch.backends
+    torch.backends.fp32_precision = "none"
+    torch.backends.cudnn.allow_tf32 = before  # the legacy flag can be read again
+
+
+@pytest.mark.parametrize(
+    "setting, value, tf32",
+    [
+        ("cudnn.allow_tf32", True, True),
+        ("cudnn.allow_tf32", False, False),
+        ("cudnn.conv.fp32_precision", "ieee", False),
+        ("cudnn.conv.fp32_precision", "tf32", True),
+        ("fp32_precision", "ieee", False),  # of the parents
+        ("fp32_precision", "tf32", True),
+    ],
+)
+def test_fp32_multiplies_as_either_api_of_torch_says(triton, precisions, setting, value, tf32):
+    from fastres.kernels._conv import precision
+
+    *parents, last = setting.split(".")
+    owner = precisions
+    for name in parents:
+        owner = getattr(owner, name)
+    setattr(owner, last, value)
+    assert precision(torch.float32) == ("tf32" if tf32 else "ieee")
+    assert precision(torch.bfloat16) == "ieee"
+    outputs, inputs = fprop_case(LAYERS["1x1"], torch.float32, False)
+    if not torch.cuda.is_available():  # a GPU would round to TF32
+        check(triton, torch.float32, outputs, _fprop, *inputs)
+
+
 def test_phases_cover_each_tap_once():
     """Strided dgrad multiplies exactly the taps that reach a pixel."""
     _conv = pytest.importorskip("fastres.kernels._conv")

@@ -107,6 +107,21 @@ if cuda_host.wanted():
         assert (got - want).abs().max() <= 0.03 * want.abs().max()
 
 
+@pytest.mark.parametrize("precision, label", [("ieee", ""), ("tf32", " tf32")])
+def test_the_convs_are_remembered_by_torchs_precision(monkeypatch, cache, precision, label):
+    """Set by torch's newer API, after which its legacy flag cannot be read."""
+    before = torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(selfcheck, "run", lambda *args: None)
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        with fastres.use_backend("triton"):
+            assert selfcheck.obstacle(torch.zeros(1, 8, 2, 2), "convs") is None
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    kept = [p.read_text() for p in cache.rglob("*") if p.is_file()]
+    assert f'triton convs float32 v{selfcheck.VERSION}{label}"' in "".join(kept)
+
+
 @pytest.mark.parametrize("name, family, kernel, output", BROKEN)
 def test_a_wrong_kernel_fails(name, family, kernel, output, monkeypatch):
     """One output of one kernel off in one element."""

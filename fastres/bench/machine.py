@@ -19,6 +19,7 @@ def measure(device: str, dtype: str, seconds: float = SECONDS) -> dict[str, floa
     dtype: the best of the runs that fit into `seconds` each, 3 at least."""
     import torch
 
+    from fastres._tf32 import conv_tf32
     from fastres.bench.engines import DTYPES
 
     def best(call: Callable[[], Any]) -> float:
@@ -38,7 +39,7 @@ def measure(device: str, dtype: str, seconds: float = SECONDS) -> dict[str, floa
     a = torch.ones((side, side), dtype=DTYPES[dtype], device=device)
     product = torch.empty_like(a)
     before = torch.get_float32_matmul_precision()
-    if device == "cuda" and torch.backends.cudnn.allow_tf32:
+    if device == "cuda" and conv_tf32():
         torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's fp32 convolutions
     rate = 2 * side**3 / best(lambda: torch.mm(a, a, out=product))
     torch.set_float32_matmul_precision(before)
