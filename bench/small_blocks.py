@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     for r in rows:
         table.add_row(
             *(str(r[key]) for key in ("block", "C", "H", "N", "dtype")),
-            f"{r['outputs'] / 1e6:.2f}", f"{r['eager_ms']:.2f}", f"{r['fused_ms']:.2f}", f"{r['ratio']:.2f}x", r["chosen"],
+            f"{r['outputs'] / 1e6:.2f}", f"{r['eager_ms']:.2f}", f"{r['fused_ms']:.2f}",
+            f"{r['ratio']:.2f}x", r["chosen"],
         )  # fmt: skip
     console.print(table)
     if options.json:
