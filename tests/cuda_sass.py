@@ -7,7 +7,9 @@ The budget (`problems`): no stack, no local memory, registers for two blocks an 
 kernels of 8-element units 16-byte accesses to the activations. The pointwise convolutions have one
 block of 384 threads an SM, wgmma and the copy engine; on other archs than sm_90a they are empty.
 The convolutions on CUTLASS's collectives likewise, for sm_90a alone, and with the registers handed
-from the warps that load to those that multiply (USETMAXREG)."""
+from the warps that load to those that multiply (USETMAXREG). Both wait for several wgmmas at once:
+a wait for each means that ptxas serialised them (its note C7514). For each pointwise conv of
+ResNet-50 the table has the ring that its launch will have."""
 
 from __future__ import annotations
 
@@ -21,11 +23,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from bench import pointwise_model  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results" / "cuda"
 ARCHS = ("sm_80", "sm_90a", "sm_100a")
 COLUMNS = ("arch", "kernel", "dtype", "lanes", "dual", "registers", "stack", "local", "shared",
            "wide_loads", "wide_stores", "half_loads", "half_stores", "local_accesses",
-           "wgmma", "copies", "setmaxnreg", "wide_stage")  # fmt: skip
+           "wgmma", "copies", "setmaxnreg", "wide_stage", "waits")  # fmt: skip
+# of a pointwise conv of ResNet-50: tile, ring, dynamic shared memory
+LAYER_COLUMNS = ("pass", "C", "K", "H", "columns", "stages", "shared", "resident", "blocks")
 DTYPES = {"f": "fp32", "NS0_4BF16E": "bf16", "NS0_3F16E": "fp16"}
 NAME = re.compile(r"\d+([a-z_]+_kernel)(?:I(f|NS0_4BF16E|NS0_3F16E)(?:Li(\d+)E)?(?:L[bi](\d)E)?E)?")
 CONV = re.compile(
@@ -37,6 +46,7 @@ CONV_ARCH = "sm_90a"
 CONV_REGISTERS = 168  # of a thread at the launch: 65,536 over three warpgroups
 REGISTERS = 128  # 65,536 of an SM over two blocks of 256 threads
 SHARED = 48 << 10  # of a block without asking for more
+MOST_SHARED = 227 << 10
 POINTWISE = 168  # registers at launch: 65,536 over 384 threads; setmaxnreg gives consumers 232
 # Four wgmmas for each of the two buffers of fragments, the copies that keep a ring full, and the
 # 16-byte stores of an epilogue (wgrad stores fragments, 8 bytes a lane).
@@ -148,6 +158,8 @@ def read(library: Path) -> list[dict]:
             column = {"HGMMA": "wgmma", "UTMALDG": "copies", "USETMAXREG": "setmaxnreg"}
             if found[1] != "USETMAXREG" or row["kernel"] in CONVS:
                 row[column[found[1]]] += 1
+        elif row is not None and "WARPGROUP.DEPBAR" in line:
+            row["waits"] += 1
         elif row is not None and re.search(r"\bLDS\.128", line):
             row["wide_stage"] += row["kernel"] in CONVS
         elif row is not None and (found := re.search(r"\b(LDG|STG|LDL|STL)(\.[\w.]+)?", line)):
@@ -163,11 +175,29 @@ def read(library: Path) -> list[dict]:
     return sorted(rows.values(), key=lambda r: [str(r[c]) for c in COLUMNS[:5]])
 
 
+def layers(native) -> list[list]:
+    """Of the pointwise convs of ResNet-50, batch 256, by LAYER_COLUMNS; no device is needed."""
+    rows = []
+    for c, k, h in pointwise_model.LAYERS:
+        m = pointwise_model.BATCH * h * h
+        for name, s in {
+            "fprop": native.pointwise_fprop_shape(0, m, c, k),
+            "fprop block": native.pointwise_fprop_shape(1, m, c, k),
+            "fprop act": native.pointwise_fprop_shape(2, m, c, k),
+            "dgrad": native.pointwise_dgrad_shape(m, c, k),
+            "wgrad": native.pointwise_wgrad_shape(m, c, k),
+        }.items():
+            rows.append([name, c, k, h, *(s[v] for v in LAYER_COLUMNS[4:])])
+    return rows
+
+
 def problems(row: dict) -> list[str]:
     """Where a kernel breaks its budget."""
     out = []
     if row["stack"] or row["local"] or row["local_accesses"]:
         out.append(f"stack {row['stack']}, local {row['local']}, {row['local_accesses']} accesses")
+    if row["wgmma"] and row["waits"] >= row["wgmma"]:
+        out.append(f"{row['waits']} waits for {row['wgmma']} wgmma: serialised")
     if row["kernel"] in CONVS:
         return out + _conv_problems(row)
     most = POINTWISE if row["kernel"] in WGMMA else REGISTERS
@@ -222,10 +252,14 @@ def installed() -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin else None
 
 
-def table(rows: list[dict], nvcc: str) -> str:
+def table(rows: list[dict], nvcc: str, native) -> str:
     head = json.dumps({"nvcc": nvcc, "digest": digest(), "columns": COLUMNS})
     body = ",\n".join(json.dumps([row[c] for c in COLUMNS]) for row in rows)
-    return f'{head[:-1]}, "rows": [\n{body}\n]}}\n'
+    rings = ",\n".join(map(json.dumps, layers(native)))
+    return (
+        f'{head[:-1]}, "rows": [\n{body}\n],\n'
+        f'"layer_columns": {json.dumps(LAYER_COLUMNS)}, "layers": [\n{rings}\n]}}\n'
+    )
 
 
 def committed() -> dict:
@@ -249,7 +283,9 @@ def main() -> int:
         print(*(row[c] for c in COLUMNS), flag)
     if "--write" in sys.argv:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"nvcc-{build['nvcc']}.json").write_text(table(rows, build["nvcc"]))
+        (RESULTS / f"nvcc-{build['nvcc']}.json").write_text(
+            table(rows, build["nvcc"], _native.module().cuda)
+        )
     return 0
 
 

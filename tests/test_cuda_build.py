@@ -80,7 +80,8 @@ def test_the_budget_of_the_pointwise_convolutions():
     assert not any(r["wgmma"] for r in rows if r not in here)
     for change, said in [({"wgmma": 0}, "0 wgmma"), ({"copies": 0}, "0 copies"),
                          ({"registers": 176}, "176 registers"), ({"stack": 32}, "stack 32"),
-                         ({"wide_stores": 0}, "0 wide_stores")]:  # fmt: skip
+                         ({"wide_stores": 0}, "0 wide_stores"),
+                         ({"waits": 9}, "9 waits for 8 wgmma: serialised")]:  # fmt: skip
         fprop = next(r for r in here if r["kernel"] == "pointwise_fprop_kernel")
         assert said in cuda_sass.problems({**fprop, **change})[0]
 
@@ -93,8 +94,28 @@ def test_the_budget_is_broken_by_a_conv_off_the_tensor_cores():
                          ({"setmaxnreg": 0}, "ignored setmaxnreg"), ({"stack": 8}, "stack 8"),
                          ({"registers": 200}, "200 registers"), ({"wide_stores": 2}, "2 16-byte"),
                          ({"wide_stage": 0}, "from the stage"), ({"arch": "sm_80"}, "for sm_80"),
-                         ({"half_stores": 1}, "1 2-byte stores")]:  # fmt: skip
+                         ({"half_stores": 1}, "1 2-byte stores"),
+                         ({"waits": 16}, "16 waits for 16 wgmma: serialised")]:  # fmt: skip
         assert said in cuda_sass.problems({**row, **change})[0]
+
+
+def test_every_ring_has_two_stages(built):
+    """A ring of one waits for itself. All channels that the kernels take, every form; and the
+    committed rings of ResNet-50."""
+    rings = [dict(zip(cuda_sass.LAYER_COLUMNS, r, strict=True)) for r in cuda_sass.layers(built)]
+    found = cuda_sass.committed()
+    assert found["layer_columns"] == list(cuda_sass.LAYER_COLUMNS)
+    assert found["layers"] == [list(r.values()) for r in rings]
+    assert all(r["blocks"] <= 132 for r in rings)
+    many = [*range(8, 4096, 504), 3520, 3528, 4096]
+    for c in many:
+        for k in (8, 128, 136, 4096):
+            rings += [built.pointwise_fprop_shape(form, 1000, c, k) for form in range(3)]
+            for shape_of in (built.pointwise_dgrad_shape, built.pointwise_wgrad_shape):
+                rings += [shape_of(1000, c, k), shape_of(1000, k, c)]
+    assert all(r["stages"] >= 2 and r["shared"] <= cuda_sass.MOST_SHARED for r in rings)
+    narrow = [built.pointwise_fprop_shape(1, 1000, c, 136)["columns"] for c in (3520, 3528)]
+    assert narrow == [256, 128]
 
 
 def test_the_table_of_predicted_times_is_current():

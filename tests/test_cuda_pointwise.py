@@ -116,6 +116,17 @@ def test_fprop_writes_the_block_output(cuda, layer, dtype, kind):
     check(cuda, dtype, outputs, _fprop, x, w, geometry, norm, shortcut)
 
 
+def test_as_many_channels_as_it_takes_leave_a_ring(cuda):
+    """The vectors of two norms over 4096 channels beside tiles of 256 columns left one stage, which
+    waited for itself."""
+    most, dtype = layer(1, 4096, 2, 2, 136), torch.bfloat16
+    outputs, (x, w, geometry, norm) = fprop_case(most, dtype, True)
+    random = Random(dtype, "block", most)
+    shortcut = Shortcut(random.activation(*x.shape), random.norm(most.c))
+    outputs |= {"z": tuple(x.shape), "mask": mask_shape(x)}
+    check(cuda, dtype, outputs, _fprop, x, w, geometry, norm, shortcut)
+
+
 @pytest.mark.parametrize("residual, relu", [(True, True), (False, True), (False, False)])
 @layers((*FEW, "wide"))
 def test_fprop_act(cuda, layer, dtype, residual, relu):

@@ -218,6 +218,8 @@ void bind(py::module_& m) {
   bind_convs(m);
 #endif
   m.def("archs", &built_archs, "What this build has code for.");
+  m.def("versions", &versions,
+        "CUDA's of the driver (0: none) and of the toolkit: 13000 for 13.0.");
 }
 
 }  // namespace cuda

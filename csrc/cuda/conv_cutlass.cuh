@@ -210,6 +210,8 @@ struct ConvKernel {
       if (depth > 0) {
         collective.mma(pipeline, state, accum, depth, thread, shared.tensors, p.collective);
         collective.mma_tail(pipeline, state, depth);
+        // Or ptxas may move the reads below above the wait, and waits for each wgmma on its own.
+        cute::warpgroup_fence_operand(accum);
         state.advance(depth);
       } else {
         cute::clear(accum);  // a phase of dgrad that no tap reaches

@@ -203,6 +203,12 @@ void check_arch(const char* op, const Act& act, const Place& place) {
 
 std::string built_archs() { return FASTRES_CUDA_ARCHS; }
 
+std::array<int, 2> versions() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) cudaGetLastError();
+  return {driver, CUDART_VERSION};
+}
+
 OnDevice::OnDevice(const char* op, const Act& act, const Place& place) : before_(-1) {
   int current = 0;
   check(op, act, place, cudaGetDevice(&current));
@@ -213,13 +219,16 @@ OnDevice::OnDevice(const char* op, const Act& act, const Place& place) : before_
   try {
     check_arch(op, act, place);
   } catch (...) {
-    if (before_ >= 0) cudaSetDevice(before_);
+    restore();
     throw;
   }
 }
 
-OnDevice::~OnDevice() {
-  if (before_ >= 0) cudaSetDevice(before_);
+OnDevice::~OnDevice() { restore(); }
+
+// A destructor cannot report: what fails here must not come up as the next call's error.
+void OnDevice::restore() const {
+  if (before_ >= 0 && cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
 }
 
 void run_raw(const Launch& launch, int64_t blocks, const void* kernel, void** args) {
@@ -232,11 +241,11 @@ void run_raw(const Launch& launch, int64_t blocks, const void* kernel, void** ar
     check(launch.name, launch.act, launch.place,
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared));
   }
+  // its own error alone: what others left behind (cudaPeekAtLastError) is not this kernel's
   const cudaError_t error =
       cudaLaunchKernel(kernel, grid, block, args, static_cast<size_t>(launch.shared),
                        reinterpret_cast<cudaStream_t>(launch.place.stream));
   check(launch.name, launch.act, launch.place, error);
-  check(launch.name, launch.act, launch.place, cudaPeekAtLastError());
 }
 
 void launch_cluster(const Launch& launch, int64_t blocks, int threads, int cluster, size_t shared,
@@ -276,7 +285,6 @@ void launch_cluster(const Launch& launch, int64_t blocks, int threads, int clust
   config.attrs = &attribute;
   config.numAttrs = 1;
   checked(cudaLaunchKernelExC(&config, kernel, args));
-  checked(cudaPeekAtLastError());
 }
 
 #endif

@@ -28,6 +28,7 @@ class OnDevice {
   OnDevice(const OnDevice&) = delete;
 
  private:
+  void restore() const;
   int before_;
 };
 

@@ -2,6 +2,7 @@
 // workspace_floats(...) floats where a reduction needs one, and where to run.
 #pragma once
 
+#include <array>
 #include <string>
 
 #include "../cpu/kernels.h"
@@ -30,6 +31,9 @@ int64_t workspace_floats(const Act& act, int parts);
 
 // Compute capabilities in the build, "80 90a ptx80": machine code, then PTX.
 std::string built_archs();
+// The CUDA version that the driver supports (0: no driver) and the toolkit's of this build, as
+// 1000 * major + 10 * minor.
+std::array<int, 2> versions();
 
 }  // namespace cuda
 }  // namespace fastres

@@ -77,6 +77,18 @@ Schedule schedule(int64_t rows, int64_t length, int64_t width, int n, const Need
   return s;
 }
 
+void check_ring(const Launch& launch, const Schedule& s) {
+  if (s.stages >= kStagesLeast) return;
+  throw std::invalid_argument("fastres cuda: " + describe(launch.name, launch.act) +
+                              ": shared memory has room for " + std::to_string(s.stages) +
+                              " stages of " + std::to_string(s.stage_bytes) + " bytes, " +
+                              std::to_string(kStagesLeast) + " are needed; fewer channels fit");
+}
+
+PointwiseShape shape_of(const Schedule& s, int n) {
+  return {n, s.stages, s.bytes, s.resident, s.chunks * s.columns};
+}
+
 NormBackward norm_backward(const PointwiseNormGradient& bn, bool on, int64_t rows) {
   const auto inverse_count = static_cast<float>(1.0 / static_cast<double>(rows));
   return {bn.mean, bn.rstd, bn.gamma, bn.dgamma, bn.dbeta, inverse_count, on, bn.training};
@@ -87,7 +99,8 @@ std::string pointwise_refuses(int64_t rows, int64_t c, int64_t k) {
     return std::to_string(c) + " and " + std::to_string(k) +
            " channels: multiples of 8 are needed, rows of whole 16 bytes";
   }
-  // a table of 4 vectors over the channels beside two stages of 65 KB
+  // tables beside two stages: the block form's 6 vectors over the channels, 96 KB, and two of 48
+  // KB; dgrad's 4, 64 KB, and two of 49 KB
   constexpr int64_t kMostChannels = 4096;
   if (c > kMostChannels || k > kMostChannels) {
     return std::to_string(c > k ? c : k) + " channels, " + std::to_string(kMostChannels) +

@@ -87,6 +87,20 @@ int64_t pointwise_dgrad_floats(int64_t rows, int64_t c, int64_t k, int parts);
 void pointwise_wgrad(const PointwiseWgradArgs& p, float* work, const Place& place);
 int64_t pointwise_wgrad_floats(int64_t rows, int64_t c, int64_t k);
 
+// What a launch is made of.
+struct PointwiseShape {
+  int columns;    // of a tile
+  int stages;     // of the ring
+  int64_t bytes;  // of dynamic shared memory
+  bool resident;  // the weights stay there
+  int64_t blocks;
+};
+// Of the forms with most in shared memory: fprop with a norm (form 0), two norms and a shortcut
+// (1), an affine output (2); dgrad and wgrad between batch norms, with masks.
+PointwiseShape pointwise_fprop_shape(int form, int64_t rows, int64_t c, int64_t k);
+PointwiseShape pointwise_dgrad_shape(int64_t rows, int64_t c, int64_t k);
+PointwiseShape pointwise_wgrad_shape(int64_t rows, int64_t c, int64_t k);
+
 // Empty where the kernels run on the device, otherwise why not.
 std::string pointwise_missing(int device);
 // Empty where they take these sizes (c: the reduction's and k: the columns' channels, or both).

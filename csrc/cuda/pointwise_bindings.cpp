@@ -76,6 +76,16 @@ void bind_wgrad(Ptr dw, I64 stride_k, I64 stride_c, Ptr dz, Ptr mask, Ptr x, Nor
       f32(work), {device, stream});
 }
 
+py::dict shape(const PointwiseShape& s) {
+  py::dict out;
+  out["columns"] = s.columns;
+  out["stages"] = s.stages;
+  out["shared"] = s.bytes;
+  out["resident"] = s.resident;
+  out["blocks"] = s.blocks;
+  return out;
+}
+
 }  // namespace
 
 void bind_pointwise(py::module_& m) {
@@ -87,6 +97,16 @@ void bind_pointwise(py::module_& m) {
   m.def("pointwise_dgrad_floats", &pointwise_dgrad_floats, "Floats of its workspace.");
   m.def("pointwise_wgrad", &bind_wgrad, NoGil());
   m.def("pointwise_wgrad_floats", &pointwise_wgrad_floats, "Floats of its workspace.");
+  m.def(
+      "pointwise_fprop_shape",
+      [](int form, I64 rows, I64 c, I64 k) {
+        return shape(pointwise_fprop_shape(form, rows, c, k));
+      },
+      "Tile and ring of a launch; form 0: normalised input, 1: a block's, 2: affine output.");
+  m.def("pointwise_dgrad_shape",
+        [](I64 rows, I64 c, I64 k) { return shape(pointwise_dgrad_shape(rows, c, k)); });
+  m.def("pointwise_wgrad_shape",
+        [](I64 rows, I64 c, I64 k) { return shape(pointwise_wgrad_shape(rows, c, k)); });
   m.def("pointwise_missing", &pointwise_missing, "Why they do not run on a device; or empty.");
   m.def("pointwise_refuses", &pointwise_refuses, "Why they do not take these sizes; or empty.");
 }

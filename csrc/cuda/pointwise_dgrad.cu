@@ -26,6 +26,11 @@ int64_t pointwise_dgrad_floats(int64_t rows, int64_t c, int64_t k, int parts) {
   return parts * dgrad_schedule(rows, c, k, true, true, true, true).chunks * c;
 }
 
+PointwiseShape pointwise_dgrad_shape(int64_t rows, int64_t c, int64_t k) {
+  return shape_of(dgrad_schedule(rows, c, k, true, true, true, true),
+                  tile_columns(c, kMostColumns));
+}
+
 void pointwise_dgrad(const PointwiseDgradArgs& a, float* work, const Place& place) {
   const OnDevice guard("conv_dgrad", a.act, place);
   const Launch small{"conv_dgrad", a.act, place};
@@ -50,6 +55,7 @@ void pointwise_dgrad(const PointwiseDgradArgs& a, float* work, const Place& plac
   p.k = a.k;
   const bool read_y = p.bn.on && p.bn.training;
   p.s = dgrad_schedule(rows, c, a.k, p.bn.on, read_y, p.mask != nullptr, p.prev != nullptr);
+  check_ring(small, p.s);
   p.g = tensor_map(small, a.dz, rows, a.k, kTileRows);
   if (read_y) p.y = tensor_map(small, a.bn.y, rows, a.k, kTileRows);
   p.w = tensor_map(small, a.weight, a.k, c, kTileChannels);

@@ -11,25 +11,43 @@ namespace {
 // warp for a 16-deep slice, 140 of a scheduler, against 256 cycles of wgmma at 256 columns, 128 at
 // 128. conv_fprop_act has no prologue and more in its epilogue: it spills at 256.
 template <int FORM>
-int fprop_columns(int64_t k) {
-  return tile_columns(k, FORM == kAct ? 128 : 256);
-}
-
-template <int FORM>
-Schedule fprop_schedule(int64_t rows, int64_t c, int64_t k, int row_planes) {
+Needs fprop_needs(int row_planes) {
   Needs needs;
   needs.y = FORM == kBlock;
   needs.row_planes = row_planes;
   needs.column_planes = FORM == kAct ? 3 : 0;
-  return schedule(rows, c, k, fprop_columns<FORM>(k), needs);
+  return needs;
+}
+
+// Where the vectors over many channels leave no room for a ring of wide tiles (the block form with
+// two norms, C > 3520), 128 columns.
+template <int FORM>
+int fprop_columns(int64_t c, int64_t k, int row_planes) {
+  const int n = tile_columns(k, FORM == kAct ? 128 : 256);
+  const int steps = static_cast<int>(ceil_div(c, kTileChannels));
+  const bool fits = shared_memory(steps, n, fprop_needs<FORM>(row_planes)).stages >= kStagesLeast;
+  return n == 256 && !fits ? 128 : n;
+}
+
+template <int FORM>
+Schedule fprop_schedule(int64_t rows, int64_t c, int64_t k, int row_planes) {
+  return schedule(rows, c, k, fprop_columns<FORM>(c, k, row_planes), fprop_needs<FORM>(row_planes));
+}
+
+template <int FORM>
+PointwiseShape fprop_shape(int64_t rows, int64_t c, int64_t k, int row_planes) {
+  return shape_of(fprop_schedule<FORM>(rows, c, k, row_planes),
+                  fprop_columns<FORM>(c, k, row_planes));
 }
 
 template <int FORM>
 void launch_fprop(Launch launch, PointwiseFprop& p, const void* x, const void* weight,
                   const void* shortcut) {
   const Act& act = launch.act;
-  const int n = fprop_columns<FORM>(p.k);
-  p.s = fprop_schedule<FORM>(act.outer, p.c, p.k, 3 * (p.norm + p.res_norm));
+  const int row_planes = 3 * (p.norm + p.res_norm);
+  const int n = fprop_columns<FORM>(p.c, p.k, row_planes);
+  p.s = fprop_schedule<FORM>(act.outer, p.c, p.k, row_planes);
+  check_ring(launch, p.s);
   p.x = tensor_map(launch, x, act.outer, p.c, kTileRows);
   p.w = tensor_map(launch, weight, p.k, p.c, n);
   if (FORM == kBlock) p.shortcut = tensor_map(launch, shortcut, act.outer, p.c, kTileRows);
@@ -48,6 +66,12 @@ void launch_fprop(Launch launch, PointwiseFprop& p, const void* x, const void* w
 
 }  // namespace
 
+PointwiseShape pointwise_fprop_shape(int form, int64_t rows, int64_t c, int64_t k) {
+  if (form == kBlock) return fprop_shape<kBlock>(rows, c, k, 6);
+  return form == kAct ? fprop_shape<kAct>(rows, c, k, 0) : fprop_shape<kPlain>(rows, c, k, 3);
+}
+
+// No form has more chunks: a narrower tile means more columns of them, and fewer chunks.
 int64_t pointwise_fprop_floats(int64_t rows, int64_t c, int64_t k) {
   return 2 * fprop_schedule<kPlain>(rows, c, k, 3).chunks * k;
 }

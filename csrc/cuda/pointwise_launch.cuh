@@ -30,6 +30,14 @@ Schedule schedule(int64_t rows, int64_t length, int64_t width, int n, const Need
 // The columns of a tile: `most` at most, no wider than `width` asks for.
 int tile_columns(int64_t width, int most);
 
+// A stage is given back after the next one's wgmmas were issued (Multiply): a ring of one would
+// wait for itself.
+constexpr int kStagesLeast = 2;
+// Refuses a schedule whose ring is too short, with std::invalid_argument.
+void check_ring(const Launch& launch, const Schedule& s);
+
+PointwiseShape shape_of(const Schedule& s, int n);
+
 NormBackward norm_backward(const PointwiseNormGradient& bn, bool on, int64_t rows);
 
 // The map of a row-major (rows, columns) matrix of 16-bit elements, read in boxes of

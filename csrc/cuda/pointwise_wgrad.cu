@@ -37,6 +37,10 @@ int64_t pointwise_wgrad_floats(int64_t rows, int64_t c, int64_t k) {
   return wgrad_schedule(rows, c, k, true, true, true).chunks * k * c;
 }
 
+PointwiseShape pointwise_wgrad_shape(int64_t rows, int64_t c, int64_t k) {
+  return shape_of(wgrad_schedule(rows, c, k, true, true, true), tile_columns(c, kMostColumns));
+}
+
 void pointwise_wgrad(const PointwiseWgradArgs& a, float* work, const Place& place) {
   const OnDevice guard("conv_wgrad", a.act, place);
   const Launch small{"conv_wgrad", a.act, place};
@@ -57,6 +61,7 @@ void pointwise_wgrad(const PointwiseWgradArgs& a, float* work, const Place& plac
   p.c_tiles = static_cast<int>(ceil_div(c, n));
   const bool read_y = p.bn.on && p.bn.training;
   p.s = wgrad_schedule(rows, c, a.k, read_y, p.mask != nullptr, p.norm);
+  check_ring(small, p.s);
   p.g = tensor_map(small, a.dz, rows, a.k, kTileChannels);
   if (read_y) p.y = tensor_map(small, a.bn.y, rows, a.k, kTileChannels);
   p.x = tensor_map(small, a.x, rows, c, kTileChannels);

@@ -11,6 +11,7 @@ namespace cuda {
 OnDevice::OnDevice(const char*, const Act&, const Place&) : before_(-1) {}
 OnDevice::~OnDevice() {}
 std::string built_archs() { return "host"; }
+std::array<int, 2> versions() { return {0, 0}; }
 
 }  // namespace cuda
 }  // namespace fastres
