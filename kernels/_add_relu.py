@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._launch import elementwise_tile, flat, launch, layout
+from ._launch import SIZES, elementwise_tile, flat, launch, layout
 from ._tile import locate, pack_bits, passes, rounded, unpack_bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _add_relu_kernel(
     z_ptr,  # (outer, inner)
     mask_ptr,  # (outer, ceil(inner / 8)) uint8 or None
@@ -47,7 +47,7 @@ def _add_relu_kernel(
     tl.store(z_ptr + at, tl.where(keep, stored, 0.0), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _relu_bwd_kernel(
     dx_ptr,  # (outer, inner)
     dy_ptr,  # (outer, inner) or None

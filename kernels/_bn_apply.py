@@ -10,11 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._launch import elementwise_tile, launch, layout
+from ._launch import SIZES, elementwise_tile, launch, layout
 from ._tile import load_affine, locate, normalise, pack_bits, passes, rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_apply_kernel(
     z_ptr,  # (outer, inner)
     mask_ptr,  # (outer, ceil(inner / 8)) uint8 or None

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ._launch import (
     FINALISE_CHANNELS,
+    SIZES,
     elementwise_tile,
     launch,
     layout,
@@ -45,7 +46,7 @@ def gated(
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_bwd_reduce_nhwc_kernel(
     part_ptr,  # (2 or 3, chunks, C) fp32: sum g, sum g * (x - mean), sum g * (residual - res_mean)
     dz_ptr,  # (outer, C)
@@ -125,7 +126,7 @@ def _bn_bwd_reduce_nhwc_kernel(
         tl.store(out + 2 * chunks * C, tl.sum(sum_gr, axis=0), mask=col_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_bwd_reduce_nchw_kernel(
     part_ptr,  # (2 or 3, chunks, C) fp32
     dz_ptr,  # (N * C, H * W)
@@ -197,7 +198,7 @@ def _bn_bwd_reduce_nchw_kernel(
         tl.store(out + 2 * chunks * C, tl.sum(tl.sum(sum_gr, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_bwd_finalise_kernel(
     dgamma_ptr,  # (C,) fp32
     dbeta_ptr,  # (C,) fp32
@@ -229,7 +230,7 @@ def _bn_bwd_finalise_kernel(
         tl.store(res_dgamma_ptr + col, tl.sum(gr, axis=0) * res_rstd, mask=col_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_bwd_apply_kernel(
     dx_ptr,  # (outer, inner)
     dres_ptr,  # (outer, inner) or None

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._bn_bwd import finalise
-from ._launch import elementwise_tile, launch, layout, reduction, workspace
+from ._launch import SIZES, elementwise_tile, launch, layout, reduction, workspace
 from ._tile import bound, load_affine, load_vector, normalise, passes, rounded
 
 
@@ -47,7 +47,7 @@ def window_step(
     return tl.where(wins, v, best), tl.where(wins, k, index)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_relu_maxpool_kernel(
     z_ptr,  # (N, C, OH, OW) in x's layout
     index_ptr,  # like z, uint8, or None
@@ -165,7 +165,7 @@ def gather(
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_relu_maxpool_bwd_reduce_kernel(
     part_ptr,  # (2, chunks, C) fp32: sum g, sum g * (x - mean)
     dz_ptr,  # (N, C, OH, OW) in x's layout
@@ -235,7 +235,7 @@ def _bn_relu_maxpool_bwd_reduce_kernel(
         tl.store(out + chunks * C, tl.sum(tl.sum(sum_gx, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_relu_maxpool_bwd_apply_kernel(
     dx_ptr,  # (N, C, H, W)
     dz_ptr,  # (N, C, OH, OW) in x's layout

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._launch import FINALISE_CHANNELS, launch, layout, reduction, workspace
+from ._launch import FINALISE_CHANNELS, SIZES, launch, layout, reduction, workspace
 from ._tile import bound
 
 
@@ -23,7 +23,7 @@ def chan(n, mean, m2, tile_n, tile_mean, tile_m2):
     return total, mean + delta * w, m2 + tile_m2 + delta * delta * (n * w)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_stats_nhwc_kernel(
     part_ptr,  # (2, chunks, C) fp32: mean - shift, M2 of each chunk
     x_ptr,  # (outer, C)
@@ -93,7 +93,7 @@ def _bn_stats_nhwc_kernel(
     tl.store(part_ptr + (chunks + pid) * C + col, m2_c, mask=col_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_stats_nchw_kernel(
     part_ptr,  # (2, chunks, C) fp32: mean - shift, M2 of each chunk
     x_ptr,  # (N * C, H * W)
@@ -142,7 +142,7 @@ def _bn_stats_nchw_kernel(
     tl.store(part_ptr + (chunks + pid) * C + c, m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bn_stats_finalise_kernel(
     mean_ptr,  # (C,) fp32
     var_ptr,  # (C,) fp32

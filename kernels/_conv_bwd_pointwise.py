@@ -45,11 +45,11 @@ from ._conv_dgrad import (
     previous_arguments,
 )
 from ._conv_wgrad import add_splits, conv_wgrad
-from ._launch import launch
+from ._launch import SIZES, launch
 from ._tile import bound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv_bwd_pointwise_kernel(
     dx_ptr,  # (rows, C)
     part_ptr,  # (2 or 3, chunks, C) fp32: sums of each chunk, or None

@@ -33,7 +33,7 @@ from ._conv import (
     wide,
 )
 from ._conv_config import arch_of, cut, dgrad_config
-from ._launch import launch
+from ._launch import SIZES, launch
 from ._tile import bound, load_affine, load_vector, normalise, passes, rounded
 
 
@@ -87,7 +87,7 @@ def finish_gradient(
     return g, sum_g, sum_gy, sum_gd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv_dgrad_kernel(
     dx_ptr,  # (N * in_h * in_w, C)
     part_ptr,  # (2 or 3, chunks, C) fp32: sums of each chunk, or None

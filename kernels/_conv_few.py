@@ -21,7 +21,7 @@ from ._bn_stats import chan
 from ._conv import Geometry, dot, krsc, load_gate, load_tile, norm_gradient, pixel, precision, wide
 from ._conv import units as units_of
 from ._conv_config import arch_of, cut, few_fprop_config, few_wgrad_config, wgrad_cut
-from ._launch import launch, workspace
+from ._launch import SIZES, launch, workspace
 from ._tile import bound, rounded
 
 MOST_CHANNELS = 8  # from 8 on a tap of 16-bit numbers is a 16-byte load
@@ -49,7 +49,7 @@ def _load_terms(x_ptr, row, h0, w0, h, w, at, in_h, in_w, channels, ok):
     return tl.load(x_ptr + (row * channels)[:, None] + at[None, :], mask=ok, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv_few_fprop_kernel(
     y_ptr,  # (rows, K)
     part_ptr,  # (3, chunks, K) fp32: mean - shift, M2, shift of each chunk; None: no statistics
@@ -164,7 +164,7 @@ def conv_fprop(y, with_stats, x, weight, geometry):
     return part, geo, plan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv_few_wgrad_kernel(
     part_ptr,  # (splits, K, R * S * channels) fp32
     g_ptr,  # (rows, K): dy, or the gradient of the batch norm behind the conv

@@ -32,11 +32,11 @@ from ._conv import (
     wide,
 )
 from ._conv_config import arch_of, cut, fprop_config
-from ._launch import launch, workspace
+from ._launch import SIZES, launch, workspace
 from ._tile import bound, load_affine, normalise, pack_bits, passes, rounded, row_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv_fprop_kernel(
     y_ptr,  # (rows, K)
     part_ptr,  # (3, chunks, K) fp32: mean - shift, M2, shift of each chunk; None: no statistics

@@ -31,11 +31,11 @@ from ._conv import (
 )
 from ._conv_config import arch_of, wgrad_config, wgrad_cut
 from ._conv_dgrad import norm_arguments
-from ._launch import launch
+from ._launch import SIZES, launch
 from ._tile import bound, rounded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _conv_wgrad_kernel(
     part_ptr,  # (splits, K, R * S, C / groups) fp32
     g_ptr,  # (rows, K): dy, or the gradient of the batch norm behind the conv

@@ -24,6 +24,19 @@ def _probe():
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
 
 
+# Arguments that follow from the batch and the size of the images: `triton.jit(do_not_specialize=
+# SIZES)`. Triton compiles a kernel anew where an integer becomes 1, or divisible by 16, or no
+# longer is: a last batch of 250 images, or another resolution, would cost some 2 s for each of 90
+# kernels in the middle of training. None of these aligns an access. What the network alone decides
+# (channels, taps, strides) stays special: the compiler folds it.
+SIZES = (
+    "rows", "outer", "N", "H", "W", "OH", "OW",
+    "grid_h", "grid_w", "in_h", "in_w", "out_h", "out_w",
+    "first_h", "first_w", "off_h", "off_w", "step_h", "step_w", "tap0", "tap_h", "tap_w",
+    "tiles", "chunk", "chunk0", "chunks", "units", "unit",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Layout:
     """An activation as a dense row-major (outer, inner) matrix; see docs/kernels.md."""

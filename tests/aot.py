@@ -162,6 +162,7 @@ def _source(launch):
     pointer = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16", "torch.float16": "*fp16"}
     signature, constexprs, attributes = {}, dict(launch.constants), {}
     for position, (name, arg) in enumerate(launch.named().items()):
+        special = not launch.kernel.params[position].do_not_specialize
         if isinstance(arg, torch.Tensor):
             signature[name] = pointer.get(str(arg.dtype), "*u8")
         elif isinstance(arg, TensorDescriptor):
@@ -170,12 +171,14 @@ def _source(launch):
             signature[name] = f"tensordesc<{element}[{block}]>"
         elif isinstance(arg, float):
             signature[name] = "fp32"
-        elif arg is None or arg == 1:
+        elif arg is None or (arg == 1 and special):
             constexprs[name] = arg
         else:
             assert isinstance(arg, int) and abs(arg) < 2**31, (name, arg)
             signature[name] = "i32"
-        if isinstance(arg, torch.Tensor) or (isinstance(arg, int) and arg != 1 and arg % 16 == 0):
+        if isinstance(arg, torch.Tensor) or (
+            special and isinstance(arg, int) and arg != 1 and arg % 16 == 0
+        ):
             attributes[(position,)] = [["tt.divisibility", 16]]
     signature.update({name: "constexpr" for name in constexprs})
     names = {n: signature[n] for n in launch.kernel.arg_names}

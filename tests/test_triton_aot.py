@@ -98,6 +98,30 @@ def test_a_broken_budget_is_named(change, said):
     assert said in "; ".join(aot.from_dict({**aot.asdict(RECORD), **change}).problems())
 
 
+def test_another_batch_or_resolution_compiles_nothing():
+    """A last batch of 250 of 256 images, images of 192 pixels: the kernels of a ResNet-50 step are
+    those of the first, but for a few that hold as many partials as there are chunks."""
+    pytest.importorskip("triton")
+    code = (
+        "import aot, aot_cases, torch\n"
+        "def kernels(batch, side):\n"
+        "    x = aot_cases.activation(batch, 64, side, torch.bfloat16)\n"
+        "    found = []\n"
+        "    for _, blocks in aot_cases._stages('resnet50'):\n"
+        "        with aot_cases.capture('sm_90') as launches:\n"
+        "            x = aot_cases._stage(x, blocks, 'd', True, True, torch.bfloat16)\n"
+        "        found += launches\n"
+        "    return {(x.kernel.__name__, aot.digest(x)) for x in found}\n"
+        "first = kernels(256, 56)\n"
+        "assert len(first) < 105, len(first)\n"
+        "for size in (250, 56), (256, 48):\n"
+        "    new = sorted(kernels(*size) - first)\n"
+        "    assert len(new) <= 4 and all('finalise' in k for k, _ in new), (size, new)"
+    )
+    done = _subprocess(["-c", code])
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_tile_that_spills_is_found():
     """The reading of the machine code, on a table rule that asks too much of the registers."""
     pytest.importorskip("triton")
