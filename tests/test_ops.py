@@ -219,6 +219,29 @@ def test_running_statistics_match_torch_bit_by_bit_up_to_rounding() -> None:
         torch.testing.assert_close(ours[1], var, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("twice", [False, True], ids=["each once", "one twice"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_running_statistics_of_many_batch_norms_are_those_of_each(dtype, twice) -> None:
+    """In groups of equal scales, as on a GPU: other momenta, counts and sizes beside each other;
+    a batch norm that a block uses twice is updated twice."""
+    g = torch.Generator().manual_seed(0)
+    sizes, momenta, counts = [8, 24, 8, 16, 1], [0.1, 0.1, 0.3, 0.1, 0.0], [72, 18, 72, 1, 72]
+    order = [0, 1, 2, 3, 4, *([0] if twice else [])]
+    stats = [torch.rand(3, c, generator=g) for c in sizes]
+    means, variances = ([torch.rand(c, generator=g).to(dtype) for c in sizes] for _ in range(2))
+    want = [[t.double() for t in means], [t.double() for t in variances]]
+    for i in order:
+        m, n = momenta[i], counts[i]
+        batch = stats[i][0], stats[i][1] * (n / (n - 1) if n > 1 else 1.0)
+        for tensors, new in zip(want, batch, strict=True):
+            tensors[i] = ((1 - m) * tensors[i] + m * new.double()).to(dtype).double()
+    columns = [[column[i] for i in order] for column in (means, variances, stats, momenta, counts)]
+    torch.ops.fastres.update_running_stats(*columns)
+    rtol = 1e-6 if dtype == torch.float32 else 8e-3
+    for got, true in zip(means + variances, want[0] + want[1], strict=True):
+        torch.testing.assert_close(got.double(), true, rtol=rtol, atol=1e-7)
+
+
 @pytest.mark.parametrize("tracked", ["fp32", "fp64", "strided", "inference", "average", "no count"])
 def test_running_statistics_of_every_kind_of_tensor(tracked: str) -> None:
     """In one call of C++ where that takes them, by single ops elsewhere: the same values, and the

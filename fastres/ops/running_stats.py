@@ -23,16 +23,32 @@ def _update_running_stats(
     momenta: list[float],
     counts: list[int],
 ) -> None:
-    for mean, var, st, momentum, m in zip(
-        running_means, running_vars, stats, momenta, counts, strict=True
-    ):
+    rows = list(zip(running_means, running_vars, stats, momenta, counts, strict=True))
+    if len({id(t) for t in running_means}) < len(rows):  # one batch norm twice: in turn
+        for mean, var, st, momentum, m in rows:
+            _update_running_stats([mean], [var], [st], [momentum], [m])
+        return
+    # a launch for each group of tensors, not four for each batch norm: a GPU's host time
+    kept: dict[float, list[Tensor]] = {}  # by what is left of the old value
+    added: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # by what the new one is scaled by
+    for mean, var, st, momentum, m in rows:
         unbias = m / (m - 1) if m > 1 else 1.0
         if mean.dtype == var.dtype == st.dtype:
-            mean.mul_(1 - momentum).add_(st[0], alpha=momentum)
-            var.mul_(1 - momentum).add_(st[1], alpha=momentum * unbias)
+            batch_mean, batch_var, _ = st.unbind(0)
+            kept.setdefault(1 - momentum, []).extend((mean, var))
+            for running, batch, scale in (
+                (mean, batch_mean, momentum), (var, batch_var, momentum * unbias),
+            ):  # fmt: skip
+                into, values = added.setdefault(scale, ([], []))
+                into.append(running)
+                values.append(batch)
             continue
         mean.copy_(momentum * st[0] + (1 - momentum) * mean.to(st.dtype))
         var.copy_(momentum * unbias * st[1] + (1 - momentum) * var.to(st.dtype))
+    for scale, tensors in kept.items():
+        torch._foreach_mul_(tensors, scale)
+    for scale, (tensors, values) in added.items():
+        torch._foreach_add_(tensors, values, alpha=scale)
 
 
 define(
@@ -49,9 +65,13 @@ def update_running_stats(bns: list[BatchNorm], stats: list[Tensor], counts: list
     if _update_on_cpu(bns, stats, counts):
         return
     due = []
+    batches = [bn.batches for bn in bns if bn.batches is not None]
+    if len({id(t) for t in batches}) < len(batches):  # one batch norm twice
+        for t in batches:
+            t.add_(1)
+    elif batches:
+        torch._foreach_add_(batches, 1)
     for bn, st, m in zip(bns, stats, counts, strict=True):
-        if bn.batches is not None:
-            bn.batches.add_(1)
         if not bn.training or bn.running_mean is None or bn.running_var is None:
             continue
         if bn.momentum is None and bn.batches is not None:
