@@ -182,6 +182,12 @@ def _pointwise(x: Tensor, weight: Tensor, geometry, *others: Tensor | None) -> b
     )
 
 
+def conv_kernels(x: Tensor, weight: Tensor, geometry: list[int]) -> str:
+    """Which kernels run a conv that `conv_why_not` takes, and why, for `fastres.report`."""
+    reason = _cuda_pointwise.why_not(x, weight, geometry)
+    return "the pointwise kernels" if reason is None else f"CUTLASS's kernels ({reason})"
+
+
 def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
     """y = conv(h) and its statistics, h = x or relu(normalise(x) + shortcut)."""
     other = None if shortcut is None else shortcut.x
@@ -221,6 +227,7 @@ __all__ = [
     "conv_dgrad",
     "conv_fprop",
     "conv_fprop_act",
+    "conv_kernels",
     "conv_missing",
     "conv_wgrad",
     "conv_why_not",

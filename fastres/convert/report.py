@@ -15,7 +15,7 @@ from fastres._layout import is_nhwc
 from fastres._spec import Spec, child, spec_obstacle
 from fastres.nn import FusedMixin, asked_rung
 from fastres.ops import Conv
-from fastres.ops._ladder import parse, vendor_reason
+from fastres.ops._ladder import own_missing, parse, vendor_reason
 
 from ._match import Match, find, original_type
 
@@ -133,7 +133,9 @@ def _rung(m: nn.Module) -> str:
     fusion: Any = getattr(m, "_fastres", None)
     rung = None if fusion is None else asked_rung(fusion)
     if rung is None:
-        return "".join(f"; {text}" for text in _planned(fusion))
+        missing = None if fusion is None else own_missing()
+        text = "" if missing is None else f"; the convs are the vendor's: {missing}"
+        return "".join([text, *(f"; {text}" for text in _planned(fusion))])
     text = f'; fusion "{rung}"'
     p = next(m.parameters())
     if not parse(rung).rung.conv:
@@ -144,20 +146,23 @@ def _rung(m: nn.Module) -> str:
         return f"{text}: {e}"
     if not hasattr(backend, "conv_fprop"):
         return f"{text} cannot run here: the {backend.NAME} backend has no fused convolutions"
-    vendor = []
+    where = []
     for path, _ in fusion.spec.pairs():
         conv = Conv.of(child(m, path))
         x = torch.empty((1, conv.weight.shape[1] * conv.groups, 8, 8), dtype=p.dtype, device="meta")
         x = x.contiguous(memory_format=torch.channels_last)
         reason = vendor_reason(backend, x, conv.weight, conv.geometry())
         if reason is not None:
-            vendor.append(f"{path} on the vendor's conv ({reason})")
+            where.append(f"{path} on the vendor's conv ({reason})")
+        elif hasattr(backend, "conv_kernels"):
+            kernels = backend.conv_kernels(x, conv.weight, conv.geometry())
+            where.append(f"{path} on {kernels}")
     if any(w.dim() == 4 and not is_nhwc(w) for w in m.parameters()):
         text += (
             "; the weights are NCHW and copied in every call: "
             "model.to(memory_format=torch.channels_last)"
         )
-    return ", ".join([f"{text} on channels_last activations, others are an error", *vendor])
+    return ", ".join([f"{text} on channels_last activations, others are an error", *where])
 
 
 def report(model: nn.Module) -> Report:

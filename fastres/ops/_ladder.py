@@ -17,6 +17,7 @@ last block, and its output, take their own pass."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterable
 from types import ModuleType
@@ -103,14 +104,22 @@ def with_vendor(fusion: str, passes: Iterable[str]) -> str:
     return " ".join([name, "vendor", *words]) if words else name
 
 
-# Backends whose `use_backend` is a request for every conv, too: those with kernels of their own for
-# all of them. (The reference's are torch's.) c2: d's joint kernels are worth it where measured.
-OWN_CONVS = {"triton": "c2"}
+# Backends whose `use_backend` is a request for every conv, too: those with kernels of their own.
+# (The reference's are torch's.) c2: d's joint kernels are worth it where measured.
+OWN_CONVS = {"triton": "c2", "cuda": "c2"}
+
+
+def own_missing() -> str | None:
+    """Why a `use_backend` leaves all convs to the vendor; None where it does not. The C++ convs are
+    Hopper's alone, the passes run on any GPU. (A compiled op asks when it runs.)"""
+    if backends.forced() != "cuda" or torch.compiler.is_compiling():
+        return None
+    return importlib.import_module(backends.MODULES["cuda"]).conv_missing(torch.device("cuda"))
 
 
 def own_rung() -> str | None:
     """The rung that a `use_backend` asks for; None where it leaves the convs to the vendor."""
-    return OWN_CONVS.get(backends.forced() or "")
+    return OWN_CONVS.get(backends.forced() or "") if own_missing() is None else None
 
 
 def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
