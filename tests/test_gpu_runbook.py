@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu import checks, record
 from bench.gpu import main as runbook
-from bench.gpu import record
 from bench.gpu.stages import NAMES, STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,6 +179,17 @@ def test_list(capsys):
     assert [line.split()[0] for line in lines] == list(NAMES)
     assert all(s.limit <= 480 for s in STAGES)
     assert len({s.group for s in STAGES}) + 1 <= 8
+
+
+def test_the_sanitizers_tests_exist():
+    """Of Triton's kernels and of the C++ ones, Hopper's convolutions among them."""
+    env = {**os.environ, "FASTRES_TEST_CUDA_HOST": "1"}  # collects what a GPU would run
+    files = [str(ROOT / "tests" / file) for file in checks.SANITIZED]
+    argv = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:xdist", *files]
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+    found = set(done.stdout.splitlines())
+    for file, tests in checks.SANITIZED.items():
+        assert {f"tests/{file}::{t}" for t in tests} <= found, done.stdout[-2000:]
 
 
 def test_a_wrong_result_is_named_and_not_ok():

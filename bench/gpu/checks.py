@@ -31,26 +31,48 @@ ON_GPU = (
 )
 DRY_TESTS = ("test_bn_stats.py", "test_bn_stats_fwd_uses_eps")
 # one test of each kernel family, on small shapes: a sanitizer slows a kernel 10 to 100 times
-SANITIZED = (
-    "test_bn_stats_fwd_matches_reference[triton-bf16-nhwc-2x35x7x7]",
-    "test_bn_apply_fwd_matches_reference[triton-bf16-nhwc-2x35x7x7-normalised]",
-    "test_bn_bwd_reduce_bwd_matches_reference[triton-bf16-nhwc-2x35x7x7-mask-normalised]",
-    "test_bn_bwd_apply_bwd_matches_reference[triton-bf16-nhwc-2x35x7x7-mask-normalised]",
-    "test_bn_relu_maxpool_bwd_matches_reference[triton-bf16-nhwc-2x35x7x7-k3s2p1]",
-    "test_fprop[bf16-3x3-odd-norm]", "test_fprop[bf16-1x1-norm]",
-    "test_fprop_writes_the_block_output[bf16-1x1-dual]",
-    "test_dgrad[bf16-3x3-s2-bn-True-none-recompute]", "test_wgrad[bf16-3x3-odd-bn-True-True]",
-    "test_bwd_pointwise[bf16-1x1-bn-False-mask-dual]",
-    "test_bn_stats_fwd_matches_reference[cuda-bf16-nhwc-5x264x5x4]",
-    "test_bn_apply_fwd_matches_reference[cuda-bf16-nhwc-5x264x5x4-normalised]",
-    "test_bn_bwd_reduce_bwd_matches_reference[cuda-bf16-nhwc-5x264x5x4-mask-normalised]",
-    "test_bn_bwd_apply_bwd_matches_reference[cuda-bf16-nhwc-2x35x7x7-mask-normalised]",
-    "test_bn_relu_maxpool_bwd_matches_reference[cuda-bf16-nhwc-2x72x9x7-k3s2p1]",
-    "test_add_relu_fwd_matches_reference[cuda-bf16-nhwc-2x35x7x7]",
-    "test_fprop[cuda-bf16-3x3-many-plain]", "test_fprop[cuda-bf16-1x1-wide-norm]",
-    "test_dgrad[cuda-bf16-3x3-s2-bn-False-mask-dual]",
-    "test_wgrad_of_every_shape[cuda-bf16-3x3-s2]",
-)  # fmt: skip
+SANITIZED = {
+    "test_bn_stats.py": (
+        "test_bn_stats_fwd_matches_reference[triton-bf16-nhwc-2x35x7x7]",
+        "test_bn_stats_fwd_matches_reference[cuda-bf16-nhwc-5x264x5x4]",
+    ),
+    "test_bn_apply.py": (
+        "test_bn_apply_fwd_matches_reference[triton-bf16-nhwc-2x35x7x7-normalised]",
+        "test_bn_apply_fwd_matches_reference[cuda-bf16-nhwc-5x264x5x4-normalised]",
+    ),
+    "test_bn_bwd.py": (
+        "test_bn_bwd_reduce_bwd_matches_reference[triton-bf16-nhwc-2x35x7x7-mask-normalised]",
+        "test_bn_bwd_apply_bwd_matches_reference[triton-bf16-nhwc-2x35x7x7-mask-normalised]",
+        "test_bn_bwd_reduce_bwd_matches_reference[cuda-bf16-nhwc-5x264x5x4-mask-normalised]",
+        "test_bn_bwd_apply_bwd_matches_reference[cuda-bf16-nhwc-2x35x7x7-mask-normalised]",
+    ),
+    "test_bn_relu_maxpool.py": (
+        "test_bn_relu_maxpool_bwd_matches_reference[triton-bf16-nhwc-2x35x7x7-k3s2p1]",
+        "test_bn_relu_maxpool_bwd_matches_reference[cuda-bf16-nhwc-2x72x9x7-k3s2p1]",
+    ),
+    "test_add_relu.py": ("test_add_relu_fwd_matches_reference[cuda-bf16-nhwc-2x35x7x7]",),
+    "test_conv.py": (
+        "test_fprop[bf16-3x3-odd-norm]",
+        "test_fprop[bf16-1x1-norm]",
+        "test_fprop_writes_the_block_output[bf16-1x1-dual]",
+        "test_dgrad[bf16-3x3-s2-bn-True-none-recompute]",
+        "test_wgrad[bf16-3x3-odd-bn-True-True]",
+        "test_bwd_pointwise[bf16-1x1-bn-False-mask-dual]",
+    ),
+    "test_cuda_conv.py": (
+        "test_fprop[cuda-bf16-3x3-many-plain]",
+        "test_fprop[cuda-bf16-1x1-wide-norm]",
+        "test_dgrad[cuda-bf16-3x3-s2-bn-False-mask-dual]",
+        "test_wgrad_of_every_shape[cuda-bf16-3x3-s2]",
+    ),
+    "test_cuda_pointwise.py": (
+        "test_fprop[cuda-bf16-tiles-norm]",
+        "test_fprop_writes_the_block_output[cuda-bf16-tiles-dual]",
+        "test_fprop_act[cuda-bf16-tiles-True-True]",
+        "test_dgrad[cuda-bf16-back-bn-True-mask-dual]",
+        "test_wgrad[cuda-bf16-tiles-bn-True-True]",
+    ),
+}
 TOOLS = (
     ("memcheck", r"ERROR SUMMARY: (\d+) error"),
     ("racecheck", r"RACECHECK SUMMARY: (\d+) hazard"),
@@ -137,7 +159,8 @@ def tests(device: Device, record: Record) -> None:
         found = json.loads(line)
         file, _, test = found["test"].partition("::")
         outcomes.setdefault(Path(file).name, Counter())[found["outcome"]] += 1
-        backend = "cuda" if "cuda" in re.split(r"[\[\]-]", test) else "triton"
+        cuda = "cuda" in re.split(r"[\[\]-]", test) or "test_cuda_" in Path(file).name
+        backend = "cuda" if cuda else "triton"
         files = by_backend.setdefault(backend, {})
         files.setdefault(Path(file).name, Counter())[found["outcome"]] += 1
         if found["outcome"] == "failed":
@@ -167,16 +190,16 @@ def sanitizer(device: Device, record: Record) -> None:
         table("sanitizer", ("tool", "state"), [("compute-sanitizer", "not run")])
         return
     rows = []
-    wanted = " or ".join(sorted({t.partition("[")[0] for t in SANITIZED}))
-    files = [str(ROOT / "tests" / t) for t in TESTS[:6]]
+    only = [f"{file}::{test}" for file, tests in SANITIZED.items() for test in tests]
+    files = [str(ROOT / "tests" / file) for file in SANITIZED]
     for name, pattern in TOOLS:
         if record.time_left() < 10:
             rows.append((name, None, "no time left"))
             continue
         argv = [tool, "--tool", name, "--target-processes", "all", "--error-exitcode", "99",
                 sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_log", "-p",
-                "no:cacheprovider", "-k", wanted, *files]  # fmt: skip
-        env = {**os.environ, "FASTRES_TEST_ONLY": json.dumps(SANITIZED),
+                "no:cacheprovider", *files]  # fmt: skip
+        env = {**os.environ, "FASTRES_TEST_ONLY": json.dumps(only),
                "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # fmt: skip
         limit = record.time_left() / (2 if name == "memcheck" else 1)
         try:

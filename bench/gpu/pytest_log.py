@@ -1,6 +1,6 @@
 """A pytest plugin: outcomes to $FASTRES_TEST_LOG, a JSON line each, as they come; only the tests of
-$FASTRES_TEST_ONLY (a JSON list of names); and a worker whose GPU is broken ends, so that its other
-tests run in a fresh one (a bad access is sticky)."""
+$FASTRES_TEST_ONLY (a JSON list of file::test); and a worker whose GPU is broken ends, so that its
+other tests run in a fresh one (a bad access is sticky)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config, items):
     only = os.environ.get("FASTRES_TEST_ONLY")
     if only:
         names = set(json.loads(only))
-        items[:] = [i for i in items if i.name in names]
+        items[:] = [i for i in items if f"{i.path.name}::{i.name}" in names]
 
 
 def pytest_runtest_logreport(report):
