@@ -30,6 +30,8 @@ TRITON = "sm_80, sm_90, sm_100, gfx942"
 ANY = "NHWC or NCHW, any C"
 CONV = "test_conv.py"
 CUDA_CONV = "test_cuda_conv.py"
+CUDA_POINTWISE = "test_cuda_pointwise.py"
+HALVES = "conv_fprop, conv_fprop_act, conv_dgrad, conv_wgrad"
 
 
 HEAD = """\
@@ -52,28 +54,33 @@ def cuda_archs() -> str:
     return ", ".join(sorted(archs, key=lambda a: int(a[3:].rstrip("a")))) + ", PTX sm_80"
 
 
-def _rows() -> list[tuple[str, str, str, str, str]]:
-    """op, backend, arch, dtype, constraint."""
+def _rows() -> list[tuple[str, str, str, str, str, str]]:
+    """op, backend, arch, dtype, constraint, file of its tests."""
     rows = []
     for op, file in OPS.items():
         if file == CONV:
-            rows.append((op, "cpu", "-", "-", "oneDNN, and Winograd for 3x3: rung b"))
+            rows.append((op, "cpu", "-", "-", "oneDNN, and Winograd for 3x3: rung b", file))
             rows.append((op, "triton", TRITON, "fp32 (TF32), bf16, fp16",
-                         "NHWC; `conv_why_not` tells the rest"))  # fmt: skip
-            rows.append((op, "cuda", "sm_90a, by hand and CUTLASS", "bf16, fp16",
-                         "NHWC, C % 8 == 0, one group; normalised inputs and dy are formed in "
-                         "registers (1x1, stride 1) or by passes before the conv; dgrad, then "
-                         "wgrad"))  # fmt: skip
+                         "NHWC; `conv_why_not` tells the rest", file))  # fmt: skip
+            rows.append((HALVES + " (1x1, stride 1)", "cuda", "sm_90a, by hand", "bf16, fp16",
+                         "NHWC, C % 8 == 0 and at most 4096, one group; normalised inputs and dy "
+                         "are formed in registers", CUDA_POINTWISE))  # fmt: skip
+            rows.append((op, "cuda", "sm_90a, on CUTLASS", "bf16, fp16",
+                         "NHWC, C % 8 == 0, one group; normalised inputs and dy are formed by "
+                         "passes before the conv; dgrad, then wgrad", CUDA_CONV))  # fmt: skip
+            rows.append(("convolutions on sm_80, sm_100", "cuda", "-", "-",
+                         "none: Triton's (`use_backend(\"triton\")`), or the vendor's on rung b, "
+                         "which `use_backend(\"cuda\")` takes there", CUDA_CONV))  # fmt: skip
             continue
         stem = file == "test_bn_relu_maxpool.py"
         window = "; square window up to 15, padding at most half of it" if stem else ""
-        rows.append((op, "cpu", "AVX-512, AVX2, portable", DTYPES, ANY + window))
-        rows.append((op, "triton", TRITON, DTYPES, ANY + window))
+        rows.append((op, "cpu", "AVX-512, AVX2, portable", DTYPES, ANY + window, file))
+        rows.append((op, "triton", TRITON, DTYPES, ANY + window, file))
         wide = "NHWC, 3 x 3, stride 2, C % 8 == 0" if stem else "rows % 8 == 0"
         how = (
             f"; 16-byte accesses where {wide} and pointers are aligned to 16, by element elsewhere"
         )
-        rows.append((op, "cuda", cuda_archs(), DTYPES, ANY + window + how))
+        rows.append((op, "cuda", cuda_archs(), DTYPES, ANY + window + how, file))
     return rows
 
 
@@ -90,9 +97,7 @@ def _runs() -> list[dict]:
 def hardware(backend: str, file: str, runs: list[dict]) -> str:
     """Where the tests of an op passed on a GPU, at which commit."""
     if backend == "cpu":
-        return "every test run" if file != CONV else "-"
-    if backend == "cuda" and file == CONV:
-        file = CUDA_CONV
+        return "every test run"
     said = []
     for run in runs:
         counts = run.get("by_backend", {}).get(backend, {}).get(file)
@@ -108,8 +113,8 @@ def hardware(backend: str, file: str, runs: list[dict]) -> str:
 
 def page(runs: list[dict]) -> str:
     lines = [HEAD]
-    for op, backend, arch, dtype, constraint in _rows():
-        ran = hardware(backend, OPS[op], runs)
+    for op, backend, arch, dtype, constraint, file in _rows():
+        ran = "-" if arch == "-" else hardware(backend, file, runs)
         lines.append(f"| {op} | {backend} | {arch} | {dtype} | {constraint} | {ran} |")
     return "\n".join([*lines, ""])
 

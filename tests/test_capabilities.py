@@ -11,7 +11,12 @@ from fastres.backends import FUSED_DTYPES, MODULES
 RUN = {
     "dry_run": False,
     "environment": {"device": "A Card", "commit": "0123456789abcdef", "date": "2027"},
-    "by_backend": {"cuda": {"test_bn_stats.py": {"passed": 7, "failed": 1}}},
+    "by_backend": {
+        "cuda": {
+            "test_bn_stats.py": {"passed": 7, "failed": 1},
+            "test_cuda_pointwise.py": {"passed": 3},
+        }
+    },
 }
 
 
@@ -40,7 +45,21 @@ def test_the_page_agrees_with_the_backends():
 
 def test_hardware_is_claimed_by_a_file_only():
     never = cells(capabilities.page([]))
-    assert {r[-1] for (_, b), r in never.items() if b != "cpu"} == {"**never**"}
+    code = [r for (_, b), r in never.items() if b != "cpu" and r[0] != "-"]
+    assert {r[-1] for r in code} == {"**never**"}
     ran = cells(capabilities.page([RUN]))
     changed = {k: r[-1] for k, r in ran.items() if r != never[k]}
-    assert changed == {("bn_stats", "cuda"): "A Card at 0123456789ab: 7 tests, 1 failed"}
+    pointwise = capabilities.HALVES + " (1x1, stride 1)"
+    assert changed == {
+        ("bn_stats", "cuda"): "A Card at 0123456789ab: 7 tests, 1 failed",
+        (pointwise, "cuda"): "A Card at 0123456789ab: 3 tests",  # not CUTLASS's
+    }
+
+
+def test_the_page_says_where_no_convolutions_are():
+    (row,) = (
+        r
+        for (op, b), r in cells(capabilities.page([])).items()
+        if (op, b) == ("convolutions on sm_80, sm_100", "cuda")
+    )
+    assert row[0] == row[-1] == "-" and "Triton's" in row[2] and "vendor's" in row[2]
