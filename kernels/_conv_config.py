@@ -154,9 +154,24 @@ def _more_warps(config: ConvConfig) -> ConvConfig:
     return replace(config, block_m=64, num_warps=8) if config.block_n >= 128 else config
 
 
+def _odd(arch: Arch, geo, itemsize: int) -> bool:
+    """Whether a pixel's channels do not start at whole 16 bytes, in x or y: each element is a load,
+    an address and a mask of its own then, whose registers the tiles of whole vectors do not leave
+    free. (A group's, or an image's, are few. The interpreter has no registers.)"""
+    aligned = geo.c * itemsize % 16 == 0 and geo.k * itemsize % 16 == 0
+    return not aligned and geo.groups == 1 and arch.name != "interpreter"
+
+
+def _narrow(config: ConvConfig) -> ConvConfig:
+    """For odd channels: up to 1.4 KB of stack, in the loop, too, else."""
+    block_m, block_n = min(config.block_m, 64), min(config.block_n, 32)
+    return replace(config, block_m=block_m, block_n=block_n, num_warps=8)
+
+
 def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
     arch = arch_of(x.device)
     size = x.element_size()
+    odd = _odd(arch, geo, size)
     plain = _plain_fma(arch, size)
     if arch.name in ("sm_80", "sm_100") and not stats:
         arch = replace(_lean(arch), block_n=min(arch.block_n, 64))
@@ -173,7 +188,7 @@ def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
         arch.name == "gfx942" and not stats and geo.pointwise  # 8-byte loads of Triton 3.6 else
     ):
         found = _more_warps(found)
-    return found
+    return _narrow(found) if odd else found
 
 
 def dgrad_config(geo, x, mode: str, epilogue: int) -> ConvConfig:
@@ -184,6 +199,8 @@ def dgrad_config(geo, x, mode: str, epilogue: int) -> ConvConfig:
         arch = _lean(arch)
     size = x.element_size()
     found = _gemm(arch, geo, geo.rows, geo.group_c, geo.group_k, size, prologue, epilogue, False)
+    if _odd(arch, geo, size):
+        return _narrow(found)
     return _more_warps(found) if arch.name in ("sm_90", "sm_100") else found
 
 
@@ -241,6 +258,8 @@ def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvC
     if arch.name in ("sm_80", "sm_100") and mode == "frozen" and geo.k > 128:
         return None  # spills: the registers of the operands' copy to shared memory
     elements = arch.dw_elements if x.element_size() < 4 else arch.dw_elements // 2
+    if _odd(arch, geo, x.element_size()) and geo.k > 128:
+        return None  # spills, too, and no narrower tile helps: dw's rows are all of K
     block_k = _fit(geo.k, 1 << 20)
     block_n = _fit(geo.c, min(arch.block_n, elements // block_k) if block_k <= elements else 0, 0)
     if block_n < min(32, _fit(geo.c, 32)):
@@ -257,8 +276,11 @@ def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvC
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 
 
-# Partials for each channel that the finalise kernels read in one tile.
+# Partials for each channel that the finalise kernels read in one tile: of one launch, and of all
+# phases of a strided dgrad, where more would not fit in registers (8 channels by three sums by 1024
+# are 192 a thread). A fourth of that is still one wave of two programs an SM.
 _MAX_CHUNKS = 512
+_MAX_PHASED = 1024
 
 
 @dataclass(frozen=True)
@@ -271,15 +293,16 @@ class Cut:
     programs: int
 
 
-def cut(rows: int, columns: int, config: ConvConfig, groups: int = 1) -> Cut:
+def cut(rows: int, columns: int, config: ConvConfig, groups: int = 1, phases: int = 1) -> Cut:
     """Of `rows` and, in each group, `columns`: by shape and table alone, so that sums repeat bit
-    for bit on any device of one architecture.
+    for bit on any device of one architecture. phases: launches that share the partials.
 
     At most 512 chunks: the partials are then under 1/50 of the tensor they are sums of.
     """
     tiles_m = triton.cdiv(rows, config.block_m)
     tiles_n = groups * triton.cdiv(columns, config.block_n)
-    chunks = max(1, min(_MAX_CHUNKS, triton.cdiv(config.programs, tiles_n)))
+    most = max(1, min(_MAX_CHUNKS, _MAX_PHASED // phases))
+    chunks = max(1, min(most, triton.cdiv(config.programs, tiles_n)))
     tiles = triton.cdiv(tiles_m, chunks)
     chunks = triton.cdiv(tiles_m, tiles)
     return Cut(config.block_m, tiles, chunks, chunks * tiles_n)

@@ -280,11 +280,14 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
     dres = (None, None) if dres is None else dres
     reads = (dres[0], previous[0], previous[-2])
     config = dgrad_config(geo, dx, mode, sum(t is not None for t in reads))
-    columns = geo.group_c, config, geo.groups
-    every = [
-        (a, b, geo.n * a.size * b.size, cut(geo.n * a.size * b.size, *columns))
+    pairs = [
+        (a, b)
         for a in phases(geo.h, geo.r, geo.stride[0], geo.padding[0], geo.dilation[0])
         for b in phases(geo.w, geo.s, geo.stride[1], geo.padding[1], geo.dilation[1])
+    ]
+    columns = geo.group_c, config, geo.groups, len(pairs)
+    every = [
+        (a, b, geo.n * a.size * b.size, cut(geo.n * a.size * b.size, *columns)) for a, b in pairs
     ]
     chunks = sum(plan.chunks for *_, plan in every)
     part = None

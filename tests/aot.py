@@ -83,6 +83,24 @@ class Record:
         return " groups of " in self.case
 
     @property
+    def odd(self) -> bool:
+        """Of channels that are no whole 16 bytes."""
+        return self.case.split(" (")[0].endswith(" odd channels")
+
+    @property
+    def small(self) -> bool:
+        """Whether a tile is so small that it leaves less than 16 bytes a thread to load of the
+        second operand (CIFAR's first stage: a weight of 16 x 16 per tap, which stays in the L1), or
+        of wgrad that it has fewer rows than wgmma's and tcgen05's 64."""
+        if not self.tile or not sum(self.dots):
+            return False
+        _, n, k = map(int, self.tile.split("x"))
+        if self.kernel == "_conv_wgrad_kernel":
+            return k < 64
+        itemsize = 2 if self.dtype in ("bf16", "fp16") else 4
+        return n * k * itemsize < 16 * TARGETS[self.target][2] * self.warps
+
+    @property
     def images(self) -> bool:
         """Of the kernels of few input channels."""
         return "_conv_few_" in self.kernel
@@ -99,15 +117,17 @@ class Record:
         if self.dtype == "fp32":
             return ()
         best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC"}[self.target]
-        few = self.grouped or self.images
+        few = self.grouped or self.images or (self.small and "wgrad" in self.kernel)
         return (best, "HMMA") if self.dtype == "tf32" or few else (best,)
 
     def _narrow_allowed(self, what: str) -> bool:
         """wgmma and tcgen05 take TF32 operands only as described in `instructions`: Triton copies
         the others 4 bytes a thread, 128 a warp, to transpose them on the way. On gfx942 it stores
         from the layout of the matrix unit, 8 bytes a lane. A group's channels, or an image's, may
-        be fewer than 16 bytes."""
-        if self.grouped or (self.images and what == "loads"):  # of 3 channels
+        be fewer than 16 bytes, odd ones are no whole 16 bytes, and a weight may be small."""
+        if self.grouped or self.odd or (self.images and what == "loads"):  # of 3 channels
+            return True
+        if self.small and what == "loads":
             return True
         if self.target == "gfx942":
             return what == "stores"

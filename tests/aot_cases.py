@@ -233,6 +233,8 @@ def _describe(launch: Launch, where: str) -> str:
         words.append("frozen")
     if constants.get("RELU"):
         words.append("relu")
+    if ragged(launch):
+        words.append("odd channels")
     if not words and "finalise" in launch.kernel.__name__:
         return f"({where})"
     kind = "images" if "_few_" in launch.kernel.__name__ else "1x1"
@@ -245,10 +247,44 @@ def _describe(launch: Launch, where: str) -> str:
     return " ".join([kind, *words]) + f" ({where})"
 
 
+def ragged(launch: Launch) -> bool:
+    """Whether a pixel's channels are no whole 16 bytes, so that no access can be."""
+    size = DTYPES.get(launch.dtype, torch.bfloat16).itemsize
+    aligns = [launch.constants.get(a) for a in ("C_ALIGN", "K_ALIGN")]
+    return any(a is not None and a * size % 16 for a in aligns)
+
+
+# Stages that torchvision's networks do not have: CIFAR's widths on 32 x 32 maps; a bottleneck of 35
+# channels (140 behind it).
+OWN = {"cifar": ("BasicBlock", (16, 32, 64)), "odd": ("Bottleneck", (35,))}
+
+
+def _own_stages(network: str) -> Iterator[tuple[str, list]]:
+    import torchvision
+
+    name, widths = OWN[network]
+    block = getattr(torchvision.models.resnet, name)
+    c = widths[0]
+    for i, width in enumerate(widths):
+        stride, out = 2 if i else 1, width * block.expansion
+        project = torch.nn.Conv2d(c, out, 1, stride, bias=False) if stride > 1 or c != out else None
+        first = block(c, width, stride, None if project is None else torch.nn.Sequential(project))
+        stage = []
+        for b, projection in ((first, project), (block(out, width), None)):
+            convs = [getattr(b, n) for n in ("conv1", "conv2", "conv3") if hasattr(b, n)]
+            stage.append((convs, projection))
+        c = out
+        yield f"stage {i + 1}", stage
+
+
 def _stages(network: str) -> Iterator[tuple[str, list]]:
     """(name, blocks) of the residual stages; a block is (convs, projection or None)."""
     import torchvision
 
+    if network in OWN:
+        with torch.device("meta"):
+            yield from list(_own_stages(network))
+        return
     with torch.device("meta"):
         net = getattr(torchvision.models, network)()
     for name in ("layer1", "layer2", "layer3", "layer4"):
@@ -265,20 +301,26 @@ NETWORKS = ("resnet18", "resnet50")
 def ladder(
     target: str, dtype_name: str, steps=STEPS, networks=NETWORKS, batch: int = 256
 ) -> list[Launch]:
-    """The conv kernels' launches of the residual stages, duplicates of form and tile left out."""
+    """The launches of the conv kernels and of those that add their partials, in the residual
+    stages; duplicates of form and tile left out."""
     dtype = DTYPES[dtype_name]
     out: dict[tuple, Launch] = {}
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = dtype_name == "tf32"
     try:
         for network in networks:
-            x = activation(batch, 64, 56, dtype)
+            width, side = (OWN[network][1][0], 32) if network in OWN else (64, 56)
+            x = activation(batch, width, side, dtype)
             for name, blocks in _stages(network):
                 for rung, training, backward in steps:
                     with capture(target) as found:
                         z = _stage(x, blocks, rung, training, backward, dtype)
                     for launch in found:
-                        if launch.conv:
+                        # sums of partials are fp32 whatever the dtype
+                        if launch.conv or (
+                            dtype_name == "bf16" and "finalise" in launch.kernel.__name__
+                        ):
+                            launch = replace(launch, dtype=dtype_name)
                             case = _describe(launch, f"{network} {name}")
                             launch = replace(launch, case=case, dtype=dtype_name, layout="nhwc")
                             out.setdefault((launch.form(), launch.tile()), launch)
@@ -314,6 +356,25 @@ def _stage(x, blocks, rung: str, training: bool, save: bool, dtype) -> Tensor:
             torch.empty_like(z), x, zs, masks, weights, *affine, ys, stats, stage, True, [True] * n
         )
     return z
+
+
+def wide(target: str) -> list[Launch]:
+    """The convolutions of tensors past 2^31 elements, in bf16 and every form of training."""
+    launches = one_tile(ladder(target, "bf16", FEW_STEPS[:2], ("resnet50",)))
+    launches = [x for x in launches if "WIDE" in x.constants] + [
+        x for x in stem(target, "bf16") if "7x7" in x.case
+    ]
+    out = []
+    for launch in launches:
+        assert not launch.constants["WIDE"], launch.case
+        constants = {**launch.constants, "WIDE": True}
+        out.append(replace(launch, case=launch.case + " 64-bit rows", constants=constants))
+    return out
+
+
+def own(target: str) -> list[Launch]:
+    """The convolutions of CIFAR's widths, and of channels that are no whole 16 bytes."""
+    return [y for name in OWN for y in one_tile(ladder(target, "bf16", FEW_STEPS, (name,)))]
 
 
 def grouped(target: str, dtype_name: str) -> list[Launch]:
@@ -376,6 +437,7 @@ def everything(target: str) -> list[Launch]:
     that ResNet training and inference use most; grouped convs in bf16."""
     streams = STREAMS if target == "sm_90" else STREAMS[:1]
     out = streaming(target, streams) + ladder(target, "bf16") + grouped(target, "bf16")
+    out += own(target) + wide(target)
     for dtype in DTYPES:
         out += stem(target, dtype)
     for dtype in ("fp16", "tf32", "fp32"):
@@ -390,6 +452,7 @@ def some(target: str) -> list[Launch]:
     out += bf16 if target == "sm_90" else extremes(bf16)
     if target == "sm_90":
         out += extremes(one_tile(ladder(target, "tf32", FEW_STEPS)))
+        out += [x for x in extremes(own(target)) if "_fprop_" in x.kernel.__name__ and ragged(x)]
     out += [x for x in stem(target, "bf16") if "7x7" in x.case]
     out += extremes([x for x in grouped(target, "bf16") if x.constants["GROUP_C"] == 32])
     return out

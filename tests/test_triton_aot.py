@@ -98,6 +98,21 @@ def test_a_broken_budget_is_named(change, said):
     assert said in "; ".join(aot.from_dict({**aot.asdict(RECORD), **change}).problems())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"case": "1x1 odd channels (odd stage 1)", "narrow_tile": (16, 8)},
+        {"case": "3x3 (cifar stage 1)", "tile": "128x16x16", "warps": 8, "narrow_tile": (1, 0)},
+        {"kernel": "_conv_wgrad_kernel", "tile": "64x16x16", "matrix": {"HMMA": 4}},
+    ],
+)
+def test_few_and_odd_channels_are_excused_but_not_from_spills(change):
+    record = aot.from_dict({**aot.asdict(RECORD), **change})
+    assert not record.problems()
+    spilling = aot.from_dict({**aot.asdict(record), "local": 8})
+    assert "spills: 8 bytes" in "; ".join(spilling.problems())
+
+
 def test_another_batch_or_resolution_compiles_nothing():
     """A last batch of 250 of 256 images, images of 192 pixels: the kernels of a ResNet-50 step are
     those of the first, but for a few that hold as many partials as there are chunks."""
