@@ -230,6 +230,12 @@ def test_fprop_without_statistics(triton, layer, dtype):
     check(triton, dtype, outputs, _fprop, *inputs)
 
 
+@layers(("images", "7x7 s2"), ("fp16",))
+def test_fprop_of_a_frozen_stem(triton, layer, dtype):
+    outputs, inputs = fprop_case(layer, dtype, False, stats=False)
+    check(triton, dtype, outputs, _fprop, *inputs)
+
+
 @pytest.mark.parametrize("kind", ["identity", "dual", "identity no mask"])
 @layers(("1x1", "1x1 odd", "1x1 wide"))
 def test_fprop_writes_the_block_output(triton, layer, dtype, kind):
@@ -256,7 +262,16 @@ def test_fprop_act(triton, layer, dtype, residual, relu):
     check(triton, dtype, {"z": layer.out}, _act, x, w, geometry, random.norm(layer.k), res, relu)
 
 
-@layers(("3x3", "1x1 odd"), ("fp32",))
+@layers(("1x1 odd", "5x5", "3x3 d2", "3x3 s3 d2", "1x3", "depthwise", "images"), ("bf16",))
+def test_fprop_act_of_other_shapes(triton, layer, dtype):
+    """With a residual and no ReLU, which no block has."""
+    _, (x, w, geometry, _) = fprop_case(layer, dtype, False)
+    random = Random(dtype, "act", layer)
+    res, norm = random.activation(*layer.out), random.norm(layer.k)
+    check(triton, dtype, {"z": layer.out}, _act, x, w, geometry, norm, res, False)
+
+
+@layers(("3x3", "1x1 odd", "images"), ("fp32",))
 def test_statistics_of_large_means(triton, layer, dtype):
     """Mean 1e4, standard deviation 1: Chan's merge, not E[x^2] - E[x]^2."""
     _, (x, w, geometry, _) = fprop_case(layer, dtype, False)
@@ -288,6 +303,37 @@ def test_fprop_propagates_nan_and_inf(triton, norm, value):
     assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
     assert not torch.isfinite(y[1, :, 3:6, 3:6]).any()
     assert stats[1].isnan().all()
+
+
+def spread(module, outputs: dict, call, *inputs) -> None:
+    """Call the kernels and the reference in fp32: NaN and Inf reach the same elements, some."""
+    made = []
+    for where in (module, reference):
+        out = {k: empty(shape, torch.float32) for k, shape in outputs.items()}
+        call(where, out, *inputs)
+        made.append(out)
+    for name in outputs:
+        ours, theirs = (~torch.isfinite(out[name]) for out in made)
+        assert torch.equal(ours, theirs), (name, ours.sum(), theirs.sum())
+    assert any((~torch.isfinite(made[0][name])).any() for name in outputs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("into", ["x", "w", "residual", "shortcut"])
+def test_the_fused_forwards_propagate_nan_and_inf(triton, into, value):
+    """Of conv_fprop_act, and of an input formed from a shortcut."""
+    layer, dtype = LAYERS["1x1 odd"], torch.float32
+    _, (x, w, geometry, norm) = fprop_case(layer, dtype, True)
+    norm = norm._replace(gamma=norm.gamma.abs())  # inf stays inf behind the ReLU
+    random = Random(dtype, "spread", layer)
+    res, shortcut = random.activation(*layer.out), random.activation(*x.shape)
+    hit = {"x": x, "w": w, "residual": res, "shortcut": shortcut}[into]
+    hit[(2, 3, 0, 0) if into == "w" else (0, 3, 2, 4)] = value
+    if into != "shortcut":
+        spread(triton, {"z": layer.out}, _act, x, w, geometry, random.norm(layer.k), res, True)
+    if into != "residual":
+        outputs = {"y": layer.out, "z": tuple(x.shape)}
+        spread(triton, outputs, _fprop, x, w, geometry, norm, Shortcut(shortcut, None))
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -358,6 +404,10 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f)))
 @layers(("1x1", "1x1 odd", "1x1 s2", "3x3 odd", "3x3 s2"))
 def test_dgrad(triton, layer, dtype, form):
+    _dgrad_case(triton, layer, dtype, form)
+
+
+def _dgrad_case(triton, layer, dtype, form):
     mode, masked, residual, previous = form
     random, x, w, g, bn = gradient_case(layer, dtype, mode, masked)
     dres, prev = residual_of(random, x, residual), previous_of(random, x, previous)
@@ -383,6 +433,10 @@ def _wgrad(module, out, g, x, geometry, bn, norm):
 ], ids=str)  # fmt: skip
 @layers(("1x1", "1x1 odd", "1x1 s2", "3x3 odd", "3x3 s2", "7x7 s2", "images", "two d2"))
 def test_wgrad(triton, layer, dtype, mode, masked, norm):
+    _wgrad_case(triton, layer, dtype, mode, masked, norm)
+
+
+def _wgrad_case(triton, layer, dtype, mode, masked, norm):
     random, x, w, g, bn = gradient_case(layer, dtype, mode, masked)
     affine = random.norm(layer.c) if norm else None
     outputs = {"dw": tuple(w.shape)}
@@ -393,11 +447,29 @@ def test_wgrad(triton, layer, dtype, mode, masked, norm):
 @layers(("3x3 g4", "3x3 s2 g2"), ("fp32",))
 def test_dgrad_of_groups(triton, layer, dtype, form):
     """Every prologue and epilogue: bits of a group that begins inside a byte, borders of groups."""
-    mode, masked, residual, previous = form
-    random, x, w, g, bn = gradient_case(layer, dtype, mode, masked)
-    dres, prev = residual_of(random, x, residual), previous_of(random, x, previous)
-    outputs = gradient_outputs(x, previous)
-    check(triton, dtype, outputs, _dgrad, g, w, layer.geometry, bn, dres, prev)
+    _dgrad_case(triton, layer, dtype, form)
+
+
+@pytest.mark.parametrize("form", FORMS[4:7], ids=lambda f: "-".join(map(str, f)))
+@layers(("3x3 s2 g2",), ("bf16", "fp16"))
+def test_dgrad_of_groups_in_half_precision(triton, layer, dtype, form):
+    _dgrad_case(triton, layer, dtype, form)
+
+
+@pytest.mark.parametrize("form", FORMS[5:7], ids=lambda f: "-".join(map(str, f)))
+@layers(("5x5", "7x7 s2", "3x3 d2"), ("bf16",))
+def test_dgrad_epilogues_of_other_shapes(triton, layer, dtype, form):
+    _dgrad_case(triton, layer, dtype, form)
+
+
+@pytest.mark.parametrize("mode, masked, norm", [
+    ("bn", False, False), ("bn", True, False), ("frozen", False, False), ("frozen", False, True),
+    ("frozen", True, True), ("none", True, False), ("none", True, True),
+], ids=str)  # fmt: skip
+@layers(("1x1 odd", "3x3 s2", "images"), ("bf16",))
+def test_wgrad_of_the_other_prologues(triton, layer, dtype, mode, masked, norm):
+    """Of c2's first conv, of a stem, of frozen batch norms: in one dtype."""
+    _wgrad_case(triton, layer, dtype, mode, masked, norm)
 
 
 @layers(("5x5", "3x3 d2", "3x3 s3 d2", "1x3", "3x3", *GROUPED))
@@ -436,6 +508,29 @@ def test_bwd_pointwise(triton, layer, dtype, form):
         norm = prev.norm
     outputs = {**gradient_outputs(x, previous), "dw": tuple(w.shape)}
     check(triton, dtype, outputs, _both, g, x, w, layer.geometry, bn, norm, dres, prev)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("into", ["dz", "x", "y", "w", "dres", "prev"])
+@pytest.mark.parametrize("name", ["1x1 odd", "3x3 odd"])
+def test_the_backward_propagates_nan_and_inf(triton, name, into, value):
+    """dgrad, wgrad and, of a 1x1, both in one kernel."""
+    layer, dtype = LAYERS[name], torch.float32
+    random, x, w, g, bn = gradient_case(layer, dtype, "bn", False)
+    dres = residual_of(random, x, "plain")
+    ones = torch.ones(layer.c)
+    prev = Previous(random.activation(*x.shape), Normalise(0 * ones, ones, ones, 9 * ones))  # open
+    hit = {"dz": g.dz, "x": x, "y": bn.y, "w": w, "dres": dres.dz, "prev": prev.y}[into]
+    # of a weight the tap that every pixel has: a product with padding is NaN or nothing
+    hit[(2, 3, layer.r // 2, layer.s // 2) if into == "w" else (0, 3, 2, 4)] = value
+    outputs, dw = gradient_outputs(x, "recompute"), {"dw": tuple(w.shape)}
+    if into != "x":
+        spread(triton, outputs, _dgrad, g, w, layer.geometry, bn, dres, prev)
+    if into in ("dz", "x", "y"):
+        spread(triton, dw, _wgrad, g, x, layer.geometry, bn, None)
+    if layer.pointwise:
+        args = g, x, w, layer.geometry, bn, None, dres, prev
+        spread(triton, {**outputs, **dw}, _both, *args)
 
 
 def replace_y(prev: Previous, y: Tensor) -> Previous:
@@ -511,6 +606,42 @@ def test_64_bit_rows_give_the_same_bits(triton, layer, dtype, monkeypatch):
     wide = run()
     assert len(asked) >= 3
     assert all(torch.equal(narrow[k], wide[k]) for k in narrow)
+
+
+def test_64_bit_rows_of_images_give_the_same_bits(triton, monkeypatch):
+    from fastres.kernels import _conv_few
+
+    layer, dtype = LAYERS["images"], torch.bfloat16
+    outputs, inputs = fprop_case(layer, dtype, False)
+    _, x, w, g, bn = gradient_case(layer, dtype, "bn", True)
+
+    def run():
+        out = {k: empty(v, dtype) for k, v in outputs.items()} | {"dw": torch.empty_like(w)}
+        _fprop(triton, out, *inputs)
+        _wgrad(triton, out, g, x, layer.geometry, bn, None)
+        return out
+
+    narrow, asked = run(), []
+    monkeypatch.setattr(_conv_few, "wide", lambda *tensors: asked.append(1) or True)
+    wide = run()
+    assert len(asked) == 2 and all(torch.equal(narrow[k], wide[k]) for k in narrow)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_the_partials_of_all_phases_fit_one_tile(triton, monkeypatch, stride):
+    """What the finalise kernel holds in registers: 1024 chunks, the phases of a strided dgrad
+    together."""
+    from fastres.kernels import _bn_bwd, _conv_dgrad
+
+    layer = Layer(2, 16, 96, 96, 16, 3, 3, stride, 1, 1)
+    random, x, w, g, _ = gradient_case(layer, torch.bfloat16, "none", False)
+    found = []
+    for module in (_bn_bwd, _conv_dgrad):
+        monkeypatch.setattr(module, "launch", lambda *args, **options: found.append(options))
+    with table(programs=1 << 20, block_m=16):
+        sums, prev = Sums(*torch.empty(2, layer.c), None), previous_of(random, x, "recompute")
+        triton.conv_dgrad(torch.empty_like(x), sums, g, w, layer.geometry, None, None, prev)
+    assert found[-1]["BLOCK_K"] == {1: 512, 2: 1024, 3: 1024}[stride]
 
 
 def test_tensors_past_2_31_elements_take_64_bit_rows():
