@@ -6,6 +6,7 @@ reduction. The kernels run on the current stream, so that CUDA graphs capture th
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -53,7 +54,42 @@ def why_missing() -> str | None:
         return "the CUDA C++ kernels need an NVIDIA GPU, this torch is built for ROCm"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return None
+    return _driver_too_old(torch.cuda.current_device())
+
+
+@functools.cache
+def _driver_too_old(device: int) -> str | None:
+    native = _module()
+    driver, toolkit = native.versions()
+    capability = torch.cuda.get_device_capability(device)
+    return driver_obstacle(driver, toolkit, capability, native.archs())
+
+
+def driver_obstacle(
+    driver: int, toolkit: int, capability: tuple[int, int], archs: str
+) -> str | None:
+    """Why the driver does not run this build; None when it does. driver, toolkit: CUDA's versions,
+    13000 for 13.0; archs: what the build has code for, "80 90a ptx80".
+
+    A driver runs the machine code of any toolkit of its own major version, but compiles the PTX of
+    none that is newer."""
+    if driver >= toolkit:
+        return None
+    old, new = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, toolkit))
+    if driver // 1000 < toolkit // 1000:
+        return (
+            f"the driver is for CUDA {old}, the kernels were built with CUDA {new}: update the "
+            f"driver, or install again with a CUDA {driver // 1000} toolkit"
+        )
+    here = 10 * capability[0] + capability[1]
+    for arch in (a for a in archs.split() if not a.startswith("ptx")):
+        built = int(arch.rstrip("a"))
+        if here == built or (arch.isdigit() and here // 10 == built // 10 and here > built):
+            return None
+    return (
+        f"the build has PTX only for sm_{here}, of CUDA {new}, which the driver, for CUDA {old}, "
+        f"cannot compile: update the driver, or install again with FASTRES_CUDA_ARCHS={here}"
+    )
 
 
 def _module() -> ModuleType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,38 @@ def test_cuda_backend_says_why_it_is_off(monkeypatch):
     with pytest.raises((RuntimeError, ImportError, AttributeError)):
         _cuda.add_relu(x, None, x, x)
     assert (x == 1).all()
+
+
+@pytest.mark.parametrize("driver, capability, said", [
+    (13000, (9, 0), None), (13010, (12, 0), None),  # of the build's age, and newer
+    (12080, (9, 0), r"driver is for CUDA 12\.8.*built with CUDA 13\.0.* a CUDA 12 toolkit"),
+], ids=str)  # fmt: skip
+def test_a_driver_older_than_the_toolkit_is_named(driver, capability, said):
+    reason = _cuda.driver_obstacle(driver, 13000, capability, "80 90a ptx80")
+    assert reason is None if said is None else re.search(said, reason)
+
+
+def test_ptx_is_not_left_to_an_older_driver():
+    """Within a major version machine code runs; PTX of a newer toolkit is not compiled."""
+    archs = "80 90a 100a ptx80"
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
+        assert _cuda.driver_obstacle(12080, 12090, capability, archs) is None
+    for capability, arch in (((10, 3), 103), ((12, 0), 120)):
+        reason = _cuda.driver_obstacle(12080, 12090, capability, archs)
+        assert f"PTX only for sm_{arch}, of CUDA 12.9" in reason
+        assert f"FASTRES_CUDA_ARCHS={arch}" in reason
+
+
+def test_the_module_tells_its_versions(built, monkeypatch):
+    driver, toolkit = built.versions()
+    assert BUILD is not None and toolkit == int(10 * float(BUILD["nvcc"])) * 100
+    assert driver > 0 if torch.cuda.is_available() else driver >= 0
+    # as `fastres doctor` and use_backend ask
+    monkeypatch.setattr(_cuda, "_host", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_cuda, "_driver_too_old", lambda device: "the driver is for CUDA 11.8")
+    assert backends.unavailable("cuda") == "the driver is for CUDA 11.8"
 
 
 def test_module_loads_without_cuda():
