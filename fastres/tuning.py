@@ -117,6 +117,11 @@ def tune(
         raise ValueError(
             "tune: the model has no converted block; call fastres.convert(model) first"
         )
+    if backends.forced() == "cuda":  # nothing in a plan tells whose kernels were measured
+        raise ValueError(
+            'tune: not under use_backend("cuda"): the plan is read by the Triton kernels, which '
+            "run by themselves; call tune outside of it"
+        )
     device = sample.device
     current = plan.current(device)
     found = Tuning({}, {})

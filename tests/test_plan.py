@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fastres
-from fastres import plan, tuning
+from fastres import backends, plan, tuning
 from fastres.nn import choice_of
 from fastres.plan import EAGER, Entry, Key
 
@@ -403,6 +403,13 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, cache):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_what_cuda_kernels_take_is_not_filed_for_tritons(cache, monkeypatch):
+    monkeypatch.setattr(backends, "forced", lambda: "cuda")
+    with pytest.raises(ValueError, match=r'not under use_backend\("cuda"\).*outside of it'):
+        fastres.tune(network(), sample(), seconds=0.1)
+    assert not list(cache.glob("plan-*.json"))
 
 
 def test_all_ranks_follow_rank_0(cache, tmp_path):
