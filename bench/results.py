@@ -76,6 +76,9 @@ def load(path: Path) -> Result:
         return _whole(Result("bench", data))
     if "benchmarks" in data and "machine_info" in data:
         raise Unreadable("is of pytest-benchmark, but not of this project's suites")
+    if "rows" in data and ("nvcc" in data or "triton" in data):
+        page = "cuda" if "nvcc" in data else "triton"
+        raise Unreadable(f"is a table of machine code, see {page}.md; nothing is timed")
     keys = ", ".join(sorted(map(str, data))[:4])
     raise Unreadable(f"has a schema that is not known here (keys {keys}, ...)")
 

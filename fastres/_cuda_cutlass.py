@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import _cuda, _native
+from . import _cuda, _native, counters
 from ._arguments import DTYPE, GATE, ptr
 from ._contract import Gradient, Normalise, NormGradient, Previous, Shortcut, Sums
 from ._layout import is_nhwc
@@ -91,7 +91,10 @@ def conv_bwd_pointwise_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -
 
 def _aligned(t: Tensor) -> Tensor:
     """t, or a copy at a multiple of 16 bytes, as the copy engine wants it; allocations are."""
-    return t if t.data_ptr() % 16 == 0 else t.clone()
+    if t.data_ptr() % 16 == 0:
+        return t
+    counters.count("cuda convolution: copied a tensor that is not aligned to 16 bytes")
+    return t.clone()
 
 
 def _output(t: Tensor) -> Tensor:
@@ -99,6 +102,7 @@ def _output(t: Tensor) -> Tensor:
     dense = t.is_contiguous(memory_format=torch.channels_last)
     if dense and t.data_ptr() % 16 == 0:
         return t
+    counters.count("cuda convolution: copied a result to a tensor of other strides or alignment")
     return torch.empty_like(t, memory_format=torch.channels_last)
 
 

@@ -335,6 +335,15 @@ def test_report_is_deterministic_and_names_what_it_cannot_read(tiny, tmp_path):
     assert "`part.json`: is incomplete" in omitted
 
 
+def test_tables_of_machine_code_are_named_for_what_they_are():
+    for file, page in (
+        ("cuda/nvcc-13.0.json", "cuda.md"),
+        ("aot/triton-3.6.0-sm_90.json", "triton"),
+    ):
+        with pytest.raises(results.Unreadable, match=f"machine code, see {page}"):
+            results.load(ROOT / "bench" / "results" / file)
+
+
 def test_committed_page_is_what_the_committed_results_render():
     """Up to the files that are not rendered, which others add to."""
     page = (ROOT / "docs" / "benchmarks.md").read_text()

@@ -5,13 +5,15 @@ Inputs, references and tolerances are those of test_conv.py."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import test_conv as conv
 import torch
 from common import DTYPES, backend
 from test_conv import Layer, check, empty
 
-from fastres import _cuda, _cuda_cutlass, _cuda_pointwise
+from fastres import _cuda, _cuda_cutlass, _cuda_pointwise, counters
 from fastres._contract import Gradient, Normalise, Previous, Shortcut
 
 # What each is there for: one tile; two columns of tiles; more tiles than workers, the last
@@ -159,7 +161,8 @@ def test_pointwise_backward_forms_dy_once(module, layer, dtype):
 
 @layers(("3x3 s2",))
 def test_any_weight_strides_and_unaligned_tensors(module, layer, dtype):
-    """Copies that the copy engine needs; the results have the caller's strides."""
+    """Copies that the copy engine needs, counted; the results have the caller's strides."""
+    before = Counter(counters.events())
     outputs, (x, w, geometry, norm) = conv.fprop_case(layer, dtype, True)
 
     def shifted(t):
@@ -180,6 +183,10 @@ def test_any_weight_strides_and_unaligned_tensors(module, layer, dtype):
     module.conv_wgrad(dw, g, x, geometry, None, None)
     module.conv_wgrad(want, g, x, geometry, None, None)
     assert dw.is_contiguous() and torch.equal(dw, want) and torch.isfinite(dw).all()
+    copies = Counter(counters.events()) - before
+    aligned = "cuda convolution: copied a tensor that is not aligned to 16 bytes"
+    strides = "cuda convolution: copied a result to a tensor of other strides or alignment"
+    assert copies[aligned] == 2 and copies[strides] == 2, copies  # dw, and want, like w
 
 
 @layers(FEW)
