@@ -36,7 +36,7 @@ from ._conv import (
     units,
     wide,
 )
-from ._conv_config import arch_of, bwd_pointwise_config, cut
+from ._conv_config import arch_of, bwd_pointwise_config, cut, joint_odd
 from ._conv_dgrad import (
     conv_dgrad,
     finalise_sums,
@@ -171,6 +171,8 @@ def why_not(x, weight, geometry) -> str | None:
         return "not a 1x1 conv of stride 1"
     if geo.groups > 1:
         return f"groups={geo.groups}: a program would hold dw of all of them"
+    if joint_odd(geo, x):
+        return f"{geo.c} to {geo.k} channels: pixels that are no whole 16 bytes take the registers"
     if bwd_pointwise_config(geo, x) is None:
         return f"{geo.k} output channels: a program cannot hold dw of all of them"
     return None

@@ -248,6 +248,12 @@ def few_wgrad_config(geo, x, mode: str) -> ConvConfig:
     return ConvConfig(_fit(geo.rows, 32), block_n, block_k, 4, 1, arch.programs, arch.maxnreg)
 
 
+def joint_odd(geo, x) -> bool:
+    """Whether odd channels keep a conv from bwd_pointwise."""
+    arch = arch_of(x.device)
+    return _odd(arch, geo, x.element_size()) and (geo.k > 128 or arch.name == "sm_80")
+
+
 def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvConfig | None:
     """None when a program cannot hold dw of all K output channels and a useful width.
 
@@ -258,7 +264,7 @@ def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvC
     if arch.name in ("sm_80", "sm_100") and mode == "frozen" and geo.k > 128:
         return None  # spills: the registers of the operands' copy to shared memory
     elements = arch.dw_elements if x.element_size() < 4 else arch.dw_elements // 2
-    if _odd(arch, geo, x.element_size()) and geo.k > 128:
+    if joint_odd(geo, x):
         return None  # spills, too, and no narrower tile helps: dw's rows are all of K
     block_k = _fit(geo.k, 1 << 20)
     block_n = _fit(geo.c, min(arch.block_n, elements // block_k) if block_k <= elements else 0, 0)

@@ -704,6 +704,24 @@ def test_the_joint_kernel_refuses_groups(triton):
     assert "groups=2" in reason
 
 
+@pytest.mark.parametrize(
+    "arch, k, taken",
+    [("sm_90", 35, True), ("sm_90", 140, False), ("sm_80", 35, False), ("gfx942", 128, True)],
+)
+def test_the_joint_kernel_refuses_odd_channels(triton, monkeypatch, arch, k, taken):
+    """Where it would spill."""
+    from fastres.kernels import _conv_bwd_pointwise, _conv_config
+
+    for module in (_conv_config, _conv_bwd_pointwise):
+        monkeypatch.setattr(module, "arch_of", lambda device: _conv_config.ARCHS[arch])
+    x = torch.zeros(1, 36, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    reason = triton.conv_bwd_pointwise_why_not(x, torch.zeros(k, 36, 1, 1), [1, 1, 0, 0, 1, 1, 1])
+    assert reason is None if taken else "no whole 16 bytes" in reason
+    aligned = torch.zeros(1, 32, 4, 4, dtype=torch.bfloat16)
+    weight = torch.zeros(64, 32, 1, 1)
+    assert triton.conv_bwd_pointwise_why_not(aligned, weight, [1, 1, 0, 0, 1, 1, 1]) is None
+
+
 def test_an_architecture_without_a_table_is_named(triton, monkeypatch):
     from fastres.kernels import _conv_config as config
 
