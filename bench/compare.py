@@ -114,7 +114,13 @@ def table(found: Sequence[Change]) -> list[str]:
     return lines
 
 
-def run(old_path: str, new_path: str, threshold: float = THRESHOLD, everything: bool = True) -> int:
+def run(
+    old_path: str,
+    new_path: str,
+    threshold: float = THRESHOLD,
+    everything: bool = True,
+    allow_missing: bool = False,
+) -> int:
     """The whole command; prints, and returns the exit code. Raises Incomparable."""
     old, new = read(old_path), read(new_path)
     found = changes(old, new, threshold)
@@ -128,6 +134,13 @@ def run(old_path: str, new_path: str, threshold: float = THRESHOLD, everything: 
         f"{len(found)} ratios compared: {count['worse']} worse, {count['better']} better, "
         f"{count['same']} the same within {threshold:g}% or the runs' quartiles"
     )
+    missing = len(set(ratios(old)) - set(ratios(new)))
+    if missing and not allow_missing:
+        print(
+            f"{missing} ratios of OLD are not in NEW, which counts as worse: a case that fails has "
+            "none; --allow-missing where fewer were run"
+        )
+        return WORSE
     return WORSE if count["worse"] else 0
 
 
@@ -135,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.compare",
         description="Compares two result files by the ratios to the baselines inside each run. "
-        "Exit code: 0 nothing got worse, 1 something did, 2 bad input.",
+        "Exit code: 0 nothing got worse, 1 something did or is missing, 2 bad input.",
     )
     parser.add_argument("old", metavar="OLD")
     parser.add_argument("new", metavar="NEW")
@@ -145,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=THRESHOLD,
         metavar="PERCENT",
         help="what a ratio may fall by (default %(default)g)",
+    )
+    parser.add_argument(
+        "--allow-missing", action="store_true", help="NEW may have fewer cases or baselines"
     )
     parser.add_argument("--changed", action="store_true", help="print what changed only")
     args = parser.parse_args(argv)
@@ -156,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return USAGE
     try:
-        return run(args.old, args.new, args.threshold, not args.changed)
+        return run(args.old, args.new, args.threshold, not args.changed, args.allow_missing)
     except Incomparable as error:
         print(f"bench.compare: error: {error}", file=sys.stderr)
         return USAGE

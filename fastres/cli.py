@@ -180,6 +180,10 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("argument --device: there is no CUDA device")
+    file = plan.cache_file(plan.current(device).who)
+    reason = plan.why_not_writable(file)
+    if reason is not None:
+        raise UsageError(f"the plan cannot be saved ({reason}); set FASTRES_CACHE to a folder")
     model = build_model(args.model).to(device).to(memory_format=torch.channels_last)
     fastres.convert(model)
     x = torch.randn(args.batch, 3, args.size, args.size, device=device)
@@ -192,7 +196,11 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
             model, x, modes=modes, seconds=args.seconds, progress=progress, per_conv=args.per_conv
         )
     print(found)
-    print(f"saved in {plan.cache_file(plan.current(device).who)}")
+    unsaved = plan.current(device).unsaved
+    if unsaved is not None:
+        print(f"fastres: error: not saved: {unsaved}", file=sys.stderr)
+        return 1
+    print(f"saved in {file}")
     return 0
 
 

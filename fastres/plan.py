@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -29,6 +30,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,7 @@ def identity(device_type: str, index: int | None = None) -> dict[str, str]:
         "fastres": environment.fastres_version(),
         "torch": torch.__version__,
         "triton": environment.version_of("triton") or "none",
+        "kernels": _kernels_digest(),
     }
     if device_type == "cuda":
         found["device"] = torch.cuda.get_device_name(index)
@@ -106,6 +109,19 @@ def identity(device_type: str, index: int | None = None) -> dict[str, str]:
         found["device"] = f"{environment.cpu_model()}, {torch.get_num_threads()} threads"
         found["driver"] = torch.backends.cpu.get_cpu_capability()
     return dict(sorted(found.items()))
+
+
+@functools.cache
+def _kernels_digest() -> str:
+    """Changes with the kernels' code: another commit's measurements and self-checks do not hold."""
+    spec = importlib.util.find_spec("fastres.kernels")  # not imported: that takes Triton along
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    native = Path(__file__).parent.glob("_C*.so")
+    python = (p for folder in folders for p in Path(folder).glob("*.py"))
+    digest = hashlib.blake2b(digest_size=6)
+    for path in sorted([*native, *python], key=lambda p: p.name):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def cache_folder() -> Path:
@@ -171,6 +187,12 @@ def _checked(entry: Entry) -> Entry:
             raise PlanFileError(f"unknown choice {entry.choice!r}: {e}") from None
     if not isinstance(entry.milliseconds, dict) or not isinstance(entry.rejected, dict):
         raise PlanFileError("milliseconds and rejected must be objects")
+    for value in (entry.ratio, *entry.milliseconds.values()):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
+            raise PlanFileError(f"{value!r} where a finite number is needed")
+    for text in (entry.measured, *entry.rejected.values()):
+        if not isinstance(text, str):
+            raise PlanFileError(f"{text!r} where a text is needed")
     return entry
 
 
@@ -216,6 +238,18 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def why_not_writable(path: Path) -> str | None:
+    """None when a file can be written beside path, whose folder is made, otherwise the reason."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("")
+        partial.unlink()
+    except OSError as e:
+        return str(e)
+    return None
+
+
 def merge(path: Path, who: dict[str, str], entries: dict[Key, Entry]) -> None:
     """Add entries to a file, atomically; what others wrote meanwhile is kept."""
     from fastres.bench.environment import commit
@@ -239,6 +273,7 @@ class Plan:
 
     def __init__(self, who: dict[str, str]) -> None:
         self.who = who
+        self.unsaved: str | None = None  # why the last measurements are not in the file
         self.packaged: dict[Key, Entry] = {}
         self.cached: dict[Key, Entry] = read(cache_file(who), who)
         self.version = next(_versions)  # moves when a choice may have changed
@@ -265,10 +300,20 @@ class Plan:
         return None
 
     def add(self, entries: dict[Key, Entry]) -> None:
-        """Take in new measurements and save them."""
+        """Take in new measurements and save them; where they cannot be saved, they hold in this
+        process, and the log says so once."""
         self.cached |= entries
         self.version = next(_versions)
-        merge(cache_file(self.who), self.who, entries)
+        try:
+            merge(cache_file(self.who), self.who, entries)
+        except OSError as e:
+            if self.unsaved is None:
+                log.warning(
+                    "fastres: the plan cannot be saved (%s): it holds in this process only; "
+                    "FASTRES_CACHE names another folder",
+                    e,
+                )
+            self.unsaved = str(e)
 
 
 _versions = itertools.count(1)

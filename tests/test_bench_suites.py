@@ -419,6 +419,17 @@ def test_compare_reads_the_suites(tiny, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_compare_counts_a_missing_case_as_worse(tmp_path, capsys):
+    data = json.loads(COMMITTED.read_text())
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(data))
+    new.write_text(json.dumps({**data, "cases": data["cases"][1:]}))
+    assert compare.main([str(old), str(new)]) == 1
+    assert "of OLD are not in NEW, which counts as worse" in capsys.readouterr().out
+    assert compare.main([str(old), str(new), "--allow-missing"]) == 0
+    assert compare.main([str(new), str(old)]) == 0
+
+
 def test_compare_refuses_with_one_line(tiny, tmp_path, capsys):
     data = json.loads(COMMITTED.read_text())
     old = str(COMMITTED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import time
@@ -69,12 +70,20 @@ def test_a_file_round_trips_sorted():
     ]  # fmt: skip
 
 
+WRONG: list[dict] = [
+    {"ratio": "fast"}, {"ratio": float("nan")}, {"ratio": True}, {"milliseconds": {"eager": None}},
+    {"rejected": {"b": 3}}, {"measured": None},
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", '{"schema": 99}', '{"schema": 1}', "\x00\x01",
      json.dumps({"schema": 1, "identity": WHO, "entries": [{"choice": "b"}]}),
-     plan.encode(WHO, {key(): entry("fastest")}, None)],
-    ids=["empty", "cut", "list", "schema", "no entries", "binary", "no key", "unknown choice"],
+     plan.encode(WHO, {key(): entry("fastest")}, None),
+     *(plan.encode(WHO, {key(): dataclasses.replace(entry(), **wrong)}, None) for wrong in WRONG)],
+    ids=["empty", "cut", "list", "schema", "no entries", "binary", "no key", "unknown choice",
+         *map(str, WRONG)],
 )  # fmt: skip
 def test_a_corrupt_file_is_set_aside(cache, caplog, text):
     path = cache / "plan-x.json"
@@ -84,6 +93,36 @@ def test_a_corrupt_file_is_set_aside(cache, caplog, text):
     assert "is corrupt" in caplog.text and "set aside" in caplog.text
     plan.merge(path, WHO, {key(): entry()})
     assert plan.read(path, WHO) == {key(): entry()}
+
+
+def test_a_plan_that_cannot_be_saved_holds_in_this_process(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "file"))
+    here = plan.Plan(WHO)
+    for n in (1, 2):
+        here.add({key(shape=(n, 8, 4, 4)): entry()})
+    assert here.lookup(key(shape=(2, 8, 4, 4))) is not None and "File exists" in here.unsaved
+    assert caplog.text.count("cannot be saved") == 1 and "FASTRES_CACHE" in caplog.text
+    from fastres import cli
+
+    assert cli.main(["tune", "resnet18", "--batch", "1", "--size", "32"]) == 2
+
+
+def test_other_kernels_are_another_identity(monkeypatch, tmp_path):
+    before = plan._kernels_digest()
+    (tmp_path / "_launch.py").write_text("# other kernels")
+    import importlib.util
+
+    spec = importlib.util.find_spec("fastres.kernels")
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    plan.identity.cache_clear()
+    plan._kernels_digest.cache_clear()
+    try:
+        assert plan.identity("cpu")["kernels"] != before
+    finally:
+        plan.identity.cache_clear()
+        plan._kernels_digest.cache_clear()
 
 
 def test_a_foreign_file_is_ignored_and_says_why(cache, caplog):
