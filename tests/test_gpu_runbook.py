@@ -204,6 +204,58 @@ def test_a_wrong_result_is_named_and_not_ok():
         assert not verdict["ok"] and verdict["error"].startswith("wrong: y: rms error")
 
 
+def conv_row(op: str, c2: int, **us: float) -> dict:
+    return {
+        "op": op,
+        "case": f"{op}/a",
+        "c2": c2,
+        "variants": {v: {"us": t} for v, t in us.items()},
+    }
+
+
+def test_the_sums_that_decide_about_the_hopper_convolutions():
+    from bench.gpu.kernels import conv_sums
+
+    rows = [
+        conv_row("fprop", 3, cuda=10.0, vendor=9.0, passes=20.0),
+        conv_row("fprop", 0, cuda=1e6, vendor=1.0, passes=1.0),  # of inference, or rung d
+        conv_row("fprop", 1, vendor=50.0, passes=90.0),  # of images
+        conv_row("dgrad", 2, cuda=10.0, vendor=10.0, passes=30.0),
+        conv_row("wgrad", 2, cuda=20.0, vendor=10.0),
+        conv_row("backward", 2, b=1.0),
+    ]
+    sums = conv_sums(rows)
+    fprop = sums["fprop"]
+    assert (fprop["cuda"], fprop["vendor"], fprop["passes"]) == (30, 27, 60)
+    assert (fprop["x vendor"], fprop["x passes"], fprop["convs"]) == (0.9, 2.0, 3)
+    assert fprop["left_out"] == sums["all"]["left_out"] == ["fprop/a"]
+    assert sums["wgrad"]["passes"] == 20 and sums["wgrad"]["x passes"] == 0.5
+    assert sums["all"]["cuda"] == 90 and sums["all"]["x passes"] == 140 / 90
+    assert conv_sums([])["all"]["x vendor"] is None
+
+
+def test_the_streaming_kernels_share_of_copy_bandwidth():
+    from bench.gpu.kernels import stream_shares
+
+    def row(op: str, **speeds: float) -> dict:
+        return {"op": op, "variants": {v: {"GB/s": s} for v, s in speeds.items()}}
+
+    rows = [row("bn_stats", ours=3800, cuda=2000), row("bn_stats", cuda=4000), row("fprop", ours=9)]
+    assert stream_shares(rows, 4e12) == {
+        "bn_stats (triton)": {"shapes": 1, "min": 95, "median": 95, "reach": 1},
+        "bn_stats (cuda)": {"shapes": 2, "min": 50, "median": 75, "reach": 1},
+    }
+
+
+def test_each_conv_of_the_network_is_in_the_sums_once():
+    """ResNet-50 has 53 convs, and no dgrad of the images."""
+    from bench.gpu.kernels import all_cases
+
+    found = {op: sum(c.c2 for c in all_cases(False) if c.op == op)
+             for op in ("fprop", "dgrad", "wgrad")}  # fmt: skip
+    assert found == {"fprop": 53, "dgrad": 52, "wgrad": 53}
+
+
 def test_a_job_that_crashes_costs_itself_only(monkeypatch):
     from bench.gpu import pool
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ NONE4 = (None,) * 4
 @dataclass(frozen=True)
 class Case:
     """op: as in fastres.roofline, or "backward"; dy, h: prologues of the gradient and of the
-    input; count: how often the network runs it on its rung."""
+    input; count: how often the network runs it on its rung; c2: in training on rung c2."""
 
     op: str
     shape: tuple[int, ...] | ConvShape
@@ -46,6 +46,7 @@ class Case:
     epilogue: str = "none"
     path: str = field(default="", compare=False)
     count: int = field(default=1, compare=False)
+    c2: int = field(default=0, compare=False)
 
     @property
     def name(self) -> str:
@@ -98,7 +99,7 @@ def conv_cases(net: Any, shape: tuple[int, ...], dtype: str) -> list[Case]:
                 where, dy, _, epilogue = both["dgrad"]
                 add(rung, Case("backward", where, dy, both["wgrad"][2], epilogue, path))
     return [
-        Case(c.op, c.shape, c.dy, c.h, c.epilogue, c.path, max(counts[key].values()))
+        replace(c, count=max(counts[key].values()), c2=counts[key].get("c2", 0))
         for key, c in seen.items()
     ]
 
@@ -346,8 +347,17 @@ def variants(case: Case) -> dict[str, Run]:
         _put(s, "dx", dx)
         _put(s, "dw", dw)
 
-    one = {} if case.op == "dgrad_wgrad" else {"cuda": lambda m, s: ours(case, _cuda, s)}
-    return {"fused": lambda m, s: ours(case, m, s), **one, "vendor": vendor}
+    fused = {"fused": lambda m, s: ours(case, m, s)}
+    if case.op == "dgrad_wgrad":
+        return {**fused, "vendor": vendor}
+    # wgrad has dy from dgrad's passes and h from the forward's: the vendor's conv is all there is
+    passes = {"passes": lambda m, s: _backward_passes(case, m, s, which)}
+    return {
+        **fused,
+        "cuda": lambda m, s: ours(case, _cuda, s),
+        **(passes if case.op == "dgrad" else {}),
+        "vendor": vendor,
+    }
 
 
 def truth(case: Case) -> Run:
@@ -367,7 +377,7 @@ def compared(case: Case, variant: str, names: list[str]) -> list[str]:
             return []
         gated = case.epilogue not in ("none", "stats")
         return [n for n in names if n in ("y", "dw") or (n == "dx" and not gated)]
-    if variant == "b" and case.epilogue.endswith("gate_sums"):
+    if variant in ("b", "passes") and case.epilogue.endswith("gate_sums"):
         return [n for n in names if n != "dx"]
     return names
 
@@ -524,14 +534,22 @@ def _backward_c1(case: Case, m: Any, s: Set) -> None:
 
 
 def _backward_b(case: Case, m: Any, s: Set) -> None:
+    _backward_passes(case, m, s, (True, True))
+
+
+def _backward_passes(case: Case, m: Any, s: Set, which: tuple[bool, bool]) -> None:
+    """The vendor's dgrad, wgrad or both, and rung b's passes around them."""
     h = s["x"]
-    if case.h == "norm_relu":
+    if which[1] and case.h == "norm_relu":
         h = torch.empty_like(h)
         m.bn_apply(h, None, s["x"], *s["n_in"], None, *NONE4, True)
-    dx, dw = _conv_bwd(s, _dy(case, m, s), h, (True, True))
+    dx, dw = _conv_bwd(s, s["g"] if case.dy == "none" else _dy(case, m, s), h, which)
+    _put(s, "dw", dw)
+    if dx is None:
+        return
     if "dres" in s:
         dx.add_(s["dres"])
-    s["dx"], s["dw"] = dx, dw
+    s["dx"] = dx
     if case.epilogue == "gate_sums":
         m.bn_bwd_reduce(
             s["dgamma_in"], s["dbeta_in"], None, dx, None, s["x"], *s["n_in"],
