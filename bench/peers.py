@@ -126,6 +126,14 @@ def openvino(model: nn.Module, x: Tensor, dtype: str) -> Variant:
     return attempt(name, make)
 
 
+def _nhwc(t: Tensor) -> Tensor:
+    """t in channels_last by its strides, too: torch leaves those of NCHW on a 1x1 weight, which
+    cuDNN would take at their word."""
+    _, c, h, w = t.shape
+    dense = t.contiguous(memory_format=torch.channels_last)
+    return dense.as_strided(t.shape, (c * h * w, 1, w * c, c))
+
+
 def cudnn_conv(
     x: Tensor,
     weight: Tensor,
@@ -151,15 +159,16 @@ def cudnn_conv(
             torch.bfloat16: cudnn.data_type.BFLOAT16,
             torch.float16: cudnn.data_type.HALF,
         }[x.dtype]
+        handle = cudnn.create_handle()  # of its own, so that it can follow torch's stream
         graph = cudnn.pygraph(
+            handle=handle,
             io_data_type=kind,
             intermediate_data_type=cudnn.data_type.FLOAT,
             compute_data_type=cudnn.data_type.FLOAT,
         )
         c = weight.shape[0]
-        s = scale.float().view(1, c, 1, 1).contiguous(memory_format=torch.channels_last)
-        b = shift.float().view(1, c, 1, 1).contiguous(memory_format=torch.channels_last)
-        w = weight.contiguous(memory_format=torch.channels_last)
+        s, b = (_nhwc(t.float().view(1, c, 1, 1)) for t in (scale, shift))
+        w = _nhwc(weight)
         tensors = {"x": x, "w": w, "s": s, "b": b}
         if residual is not None:
             tensors["r"] = residual
@@ -185,7 +194,9 @@ def cudnn_conv(
         pack = {node[key]: t for key, t in tensors.items()} | {y: out}
 
         def run() -> Tensor:
-            graph.execute(pack, workspace)
+            stream = torch.cuda.current_stream().cuda_stream
+            cudnn.set_stream(handle=handle, stream=stream)
+            graph.execute(pack, workspace, handle=handle)
             return out
 
         run()

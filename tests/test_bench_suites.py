@@ -366,6 +366,40 @@ def test_report_without_results_and_without_a_folder(tmp_path, capsys):
     assert "cannot be written: No such file or directory" in capsys.readouterr().err
 
 
+# --- timing ---------------------------------------------------------------------------------------
+
+
+def test_all_variants_become_graphs_or_none_does():
+    def capture(call, repeat):
+        if call is unable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return ("replay", call, repeat)
+
+    def able():
+        return None
+
+    def unable():
+        return None
+
+    both = [timing.Variant("fastres", able), timing.Variant("eager", able, calls=2)]
+    gone = timing.Variant.missing("compile", "not there")
+    assert timing.graph_all([*both, gone], 8, capture) is None
+    assert [v.call for v in both] == [("replay", able, 8)] * 2 and gone.call is None
+    assert [v.calls for v in both] == [8, 16] and all(v.graph for v in both) and not gone.graph
+    mixed = [timing.Variant("fastres", able), timing.Variant("eager", unable)]
+    assert "eager cannot be captured: RuntimeError" in timing.graph_all(mixed, 8, capture)
+    assert [v.call for v in mixed] == [able, unable] and not any(v.graph for v in mixed)
+
+
+def test_cudnn_sees_the_strides_of_a_1x1_weight():
+    from bench.peers import _nhwc
+
+    weight = torch.randn(6, 5, 1, 1)
+    assert _nhwc(weight).stride() == (5, 1, 5, 5) and torch.equal(_nhwc(weight), weight)
+    spatial = torch.randn(6, 5, 3, 2)
+    assert _nhwc(spatial).stride() == (30, 1, 10, 5) and torch.equal(_nhwc(spatial), spatial)
+
+
 # --- compare --------------------------------------------------------------------------------------
 
 

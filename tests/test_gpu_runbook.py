@@ -139,6 +139,27 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert kernels["status"] == "interrupted" and kernels["environment"]["torch"]
 
 
+def test_a_full_disk_fails_a_stage_and_the_rest_runs(tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    ran = []
+
+    def run_stage(stage, *args):
+        ran.append(stage.name)
+        return full() if stage.name == "build" else {"status": "done", "seconds": 1}
+
+    monkeypatch.setattr(runbook, "run_stage", run_stage)
+    args = ["--dry-run", "--out", str(tmp_path), "--stages", "build,doctor"]
+    options = runbook.parse(args)
+    state = runbook.open_state(tmp_path, options)
+    monkeypatch.setattr(runbook, "write_json", full)
+    assert runbook.run_all(runbook.chosen("build,doctor"), tmp_path, state, options) == 1
+    said = capsys.readouterr()
+    assert ran == ["build", "doctor"] and "failed" in said.out and "No space left" in said.out
+    assert "state.json cannot be written" in said.err
+
+
 def test_a_spent_budget_is_said(tmp_path, capsys):
     args = ["--dry-run", "--out", str(tmp_path), "--stages", "build,doctor", "--budget", "0.1"]
     assert runbook.main(args) == 1

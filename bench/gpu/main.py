@@ -164,6 +164,14 @@ def main(argv: list[str] | None = None) -> int:
     return run_all(stages, out, state, options)
 
 
+def save_state(out: Path, state: dict[str, Any]) -> None:
+    """What --resume reads; without it a run goes on, and its table still tells how it ended."""
+    try:
+        write_json(out / "state.json", state)
+    except OSError as error:
+        print(f"python -m bench.gpu: state.json cannot be written: {error}", file=sys.stderr)
+
+
 def run_all(
     stages: list[Stage], out: Path, state: dict[str, Any], options: argparse.Namespace
 ) -> int:
@@ -180,13 +188,16 @@ def run_all(
             state["stages"][stage.name] = {"status": "skipped", "error": "the budget is spent"}
             continue
         print(f"== {stage.name}: {stage.about} (at most {limit:.0f} s)", flush=True)
-        found = run_stage(stage, out, options.dry_run, limit)
+        try:
+            found = run_stage(stage, out, options.dry_run, limit)
+        except OSError as error:  # a full disk ends this stage, not the rest
+            found = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         state["stages"][stage.name] = found
-        write_json(out / "state.json", state)
+        save_state(out, state)
         if found["status"] == "interrupted":
             interrupted = True
             break
-    write_json(out / "state.json", state)
+    save_state(out, state)
     print("\nstage       status        seconds")
     bad = False
     for stage in stages:

@@ -118,7 +118,6 @@ class Net:
                 kwargs["backend"] = "eager"
             elif variant.kind == "compile-max":
                 kwargs["mode"] = "max-autotune"
-            torch._dynamo.reset()
             self.call = torch.compile(model, **kwargs)
         self.optimizer = None
         if training:
@@ -294,6 +293,7 @@ def measure(
     pool, first = device.pool(), None
     nets = []
     seconds = 0.0 if device.dry else 0.08
+    torch._dynamo.reset()  # once: a second one would throw away what the variant before compiled
     for v in config.variants:
         answer = answers.get(f"{config.name}|{v.name}", {"ok": v.kind == "eager"})
         if not answer["ok"]:
