@@ -88,6 +88,27 @@ def test_without_a_backward(pool, fusion, training):
         torch.testing.assert_close(stem(images(), fusion), want, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fusion", ["c1", "c2"])
+@pytest.mark.parametrize("pool", [True, False], ids=["pool", "no pool"])
+def test_a_conv_that_the_backend_refuses_stays_with_the_vendor(pool, fusion, training, monkeypatch):
+    """As a block's does: images on the cuda backend."""
+    from fastres import _reference_backend as module
+
+    monkeypatch.setattr(module, "conv_why_not", lambda x, weight, geometry: "few channels")
+    for name in ("conv_fprop", "conv_fprop_act", "conv_dgrad", "conv_wgrad"):
+        monkeypatch.setattr(module, name, lambda *args: pytest.fail("the backend's own conv ran"))
+    stem = Stem(pool).double().train(training)
+    truth = step(copy.deepcopy(stem), images(), True)
+    with fastres.use_backend("reference"):
+        got = step(copy.deepcopy(stem), images(), True, fusion)
+        with torch.no_grad():
+            z = stem(images(), fusion)
+    torch.testing.assert_close(z, truth["z"], rtol=1e-9, atol=1e-10)
+    for name, want in truth.items():
+        torch.testing.assert_close(got[name], want, rtol=1e-9, atol=1e-10, msg=name)
+
+
 def test_the_residual_form_in_inference():
     stem = Stem(False, channels=16).double().eval()
     x = images(channels=16)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastres import backends
 from fastres._contract import Gradient, Normalise, NormGradient
 
-from ._ladder import as_normalise, conv_output, kernel_weight, parse, weight_like
+from ._ladder import as_normalise, conv_output, kernel_weight, parse, vendor_reason, weight_like
 from ._units import (
     Norm,
     alloc_stats,
@@ -30,17 +30,19 @@ from ._units import (
 )
 
 
-def own(fusion: str, which: str) -> bool:
-    """Whether a pass of the conv runs on the backend's own kernels."""
+def own(fusion: str, which: str, x: Tensor, weight: Tensor, geometry: list[int]) -> bool:
+    """Whether a pass of the conv runs on the backend's own kernels: asked for, and taken."""
     choice = parse(fusion)
-    return choice.rung.conv and f"stem.{which}" not in choice.vendor
+    if not choice.rung.conv or f"stem.{which}" in choice.vendor:
+        return False
+    return vendor_reason(backends.select(x), x, weight, geometry) is None
 
 
 def conv_alloc(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int], fusion: str, where: str
 ) -> Tensor:
     """y for the fake implementations."""
-    if own(fusion, "fprop"):
+    if own(fusion, "fprop", x, weight, geometry):
         return conv_output(x, weight, geometry)
     return dense(conv_fwd(x, weight, bias, geometry), where)
 
@@ -51,7 +53,7 @@ def conv_norm_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, stats) of y = conv(x) + bias and the batch norm behind it."""
     running = running_mean, running_var
-    if not own(fusion, "fprop"):
+    if not own(fusion, "fprop", x, weight, geometry):
         y = dense(conv_fwd(x, weight, bias, geometry, training), where)
         return y, bn_statistics(y, training, *running, eps)
     backend = backends.select(x)
@@ -90,7 +92,8 @@ def conv_grads(
     need_dx: bool, need_dw: bool, training: bool, fusion: str,
 ) -> ConvGrads:  # fmt: skip
     """Gradients of the conv from dy, or (bn) from that of the batch norm behind it."""
-    our_dx, our_dw = own(fusion, "dgrad"), own(fusion, "wgrad")
+    conv = x, weight, geometry
+    our_dx, our_dw = own(fusion, "dgrad", *conv), own(fusion, "wgrad", *conv)
     dx = dw = None
     if (need_dx and not our_dx) or (need_dw and not our_dw):
         assert bn is None
@@ -107,10 +110,14 @@ def conv_grads(
     return ConvGrads(dx, dw)
 
 
-def folds(fusion: str, need_dx: bool, need_dw: bool) -> bool:
+def folds(
+    fusion: str, need_dx: bool, need_dw: bool, x: Tensor, weight: Tensor, geometry: list[int]
+) -> bool:
     """Whether the conv's kernels form dy themselves."""
     asked = [name for name, need in (("dgrad", need_dx), ("wgrad", need_dw)) if need]
-    return parse(fusion).rung.fold and bool(asked) and all(own(fusion, name) for name in asked)
+    if not (parse(fusion).rung.fold and asked):
+        return False
+    return all(own(fusion, name, x, weight, geometry) for name in asked)
 
 
 def norm_sums(

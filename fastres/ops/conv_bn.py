@@ -76,7 +76,8 @@ def _conv_bn_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = dense(x, "conv_bn")
     running = running_mean, running_var
-    if own(fusion, "fprop") and bias is None and res_gamma is None and not (save or training):
+    plain = bias is None and res_gamma is None and not (save or training)
+    if plain and own(fusion, "fprop", x, weight, geometry):
         stats = alloc_stats(x.new_empty((1, weight.shape[0], 1, 1)))
         running_statistics(stats, *running, eps)
         if residual is not None:
@@ -134,7 +135,7 @@ def _conv_bn_act_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = dense(x, "conv_bn backward")
     none = stats.new_empty(0)
-    if not (has_shortcut or need_db) and folds(fusion, need_dx, need_dw):
+    if not (has_shortcut or need_db) and folds(fusion, need_dx, need_dw, x, weight, geometry):
         dz = in_format(dz, is_nhwc(y), "conv_bn backward")
         norm = Norm(stats, vector(gamma, y), vector(beta, y))
         g, bn = norm_sums(dz, mask if relu else None, y, norm, training)
@@ -163,8 +164,9 @@ def _conv_bn_act_bwd_fake(dz, mask, x, weight, geometry, y, stats, gamma, beta, 
                           need_db, fusion):  # fmt: skip
     x = dense(x, "conv_bn backward")
     dx, dw = conv_bwd(torch.empty_like(y), x, weight, geometry, need_dx, need_dw)
-    dx = torch.empty_like(x) if need_dx and own(fusion, "dgrad") else dx
-    dw = weight_like(weight) if need_dw and own(fusion, "wgrad") else dw
+    conv = x, weight, geometry
+    dx = torch.empty_like(x) if need_dx and own(fusion, "dgrad", *conv) else dx
+    dw = weight_like(weight) if need_dw and own(fusion, "wgrad", *conv) else dw
     db, dgamma, dbeta, res_dgamma = alloc_vectors(y, 4)
     none = stats.new_empty(0)
     return (
