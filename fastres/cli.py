@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fastres.bench.options import (
     MIN_SIZE,
@@ -19,6 +19,10 @@ from fastres.bench.options import (
     options_from,
     positive,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 USAGE = 2
 INTERRUPTED = 130
@@ -59,6 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("model", metavar="MODEL", help=f"one of {', '.join(MODELS)}")
     report.add_argument("--json", action="store_true", help="as JSON")
+    report.add_argument(
+        "--batch", type=at_least(1), metavar="N", help="convert, run N images, and say what was "
+        "chosen for them and why (the options below are of these images)",
+    )  # fmt: skip
+    _add_sample_arguments(report)
     report.set_defaults(run=_report)
 
     roofline = commands.add_parser(
@@ -134,11 +143,7 @@ def _add_roofline_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON; bytes are of the batch")
 
 
-def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(MODELS)}")
-    parser.add_argument(
-        "--batch", type=at_least(1), default=8, metavar="N", help="images (default 8)"
-    )
+def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
         type=at_least(MIN_SIZE),
@@ -158,6 +163,14 @@ def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default=None, help="(default cuda where there is one)"
     )
+
+
+def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"one of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--batch", type=at_least(1), default=8, metavar="N", help="images (default 8)"
+    )
+    _add_sample_arguments(parser)
     parser.add_argument(
         "--seconds", type=positive("s"), default=60.0, metavar="S", help="to time (default 60)"
     )
@@ -166,6 +179,25 @@ def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also choose each pass of each conv inside the fastest rung with fused convs",
     )
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    import torch
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("argument --device: there is no CUDA device")
+    return device
+
+
+def _sample(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, torch.autocast]:
+    """Random images in channels_last, and the autocast to run them under."""
+    import torch
+
+    x = torch.randn(args.batch, 3, args.size, args.size, device=device)
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    context = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+    return x.contiguous(memory_format=torch.channels_last), context
 
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> int:
@@ -177,20 +209,15 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     from fastres.bench.models import build_model
     from fastres.bench.progress import Progress
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("argument --device: there is no CUDA device")
+    device = _device(args)
     file = plan.cache_file(plan.current(device).who)
     reason = plan.why_not_writable(file)
     if reason is not None:
         raise UsageError(f"the plan cannot be saved ({reason}); set FASTRES_CACHE to a folder")
     model = build_model(args.model).to(device).to(memory_format=torch.channels_last)
     fastres.convert(model)
-    x = torch.randn(args.batch, 3, args.size, args.size, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x, context = _sample(args, device)
     modes = tuning.MODES if args.mode == "both" else (args.mode,)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    context = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
     with context, Progress(0) as progress:
         found = fastres.tune(
             model, x, modes=modes, seconds=args.seconds, progress=progress, per_conv=args.per_conv
@@ -241,7 +268,20 @@ def _report(args: argparse.Namespace, argv: list[str]) -> int:
     import fastres
     from fastres.bench.models import build_model
 
-    found = fastres.report(build_model(args.model))
+    model = build_model(args.model)
+    if args.batch is not None:
+        import torch
+
+        device = _device(args)
+        model = fastres.convert(model.to(device).to(memory_format=torch.channels_last))
+        x, context = _sample(args, device)
+        with context:
+            if args.mode != "inference":
+                model.train()(x)
+            if args.mode != "training":
+                with torch.no_grad():
+                    model.eval()(x)
+    found = fastres.report(model)
     print(found.to_json() if args.json else str(found))
     return 0
 

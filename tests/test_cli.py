@@ -190,6 +190,18 @@ def test_report_of_a_model_by_name(run):
     assert "layer4.1" in json.dumps(json.loads(out))
 
 
+def test_report_of_a_batch_says_what_was_chosen_and_why(run, monkeypatch):
+    from fastres import _heuristic
+
+    monkeypatch.setattr(_heuristic, "SMALL", 10_000_000)
+    monkeypatch.setenv("FASTRES_WINOGRAD", "0")
+    code, out, _ = run("report", "resnet18", "--batch", "2", "--size", "64", "--dtype", "bf16")
+    assert code == 0 and "training on 2x64x16x16: eager (heuristic" in out
+    code, out, _ = run("report", "resnet18", "--batch", "2", "--size", "64", "--mode", "inference")
+    assert code == 0 and "fused" in out and "training on" not in out
+    assert "--batch" in error_of(run("report", "resnet18", "--batch", "0"))
+
+
 def test_doctor_says_what_is_there(run):
     code, out, _ = run("doctor", "--json")
     found = json.loads(out)
