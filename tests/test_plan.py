@@ -484,3 +484,15 @@ def _rank(rank: int, store: str, folder: str, queue) -> None:
     queue.put((rank, choice_of(model.layer1[0], x)[0]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def test_the_plans_overhead_is_measured_over_every_lookup(tmp_path, capsys):
+    from bench import plan_overhead
+
+    file = tmp_path / "overhead.json"
+    argv = ["--model", "resnet18", "--repeats", "3", "--json", str(file)]
+    assert plan_overhead.main(argv) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [r["lookups"] >= 9 for r in rows] == [True] * 4  # 8 blocks and the stem
+    assert all(0 < r["q1"] <= r["us"] <= r["q3"] for r in rows)
+    assert "resnet18" in capsys.readouterr().out
