@@ -36,9 +36,9 @@ class Graphed:
         modules: nn.Module,
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
-        self._call, self._modules, self._optimizer = call, modules, optimizer
+        self._call, self._optimizer = call, optimizer
         self._like = [(tuple(t.shape), t.dtype, t.device) for t in sample]
-        self._modes = _modes(modules)
+        self._modes = [(path, m, m.training) for path, m in modules.named_modules()]
         self._numbers = _numbers(optimizer)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
@@ -75,8 +75,7 @@ class Graphed:
                         f"fastres.graph: input {i} has {what} {a}, the sample of the capture had "
                         f"{b}; a graph is fixed: capture another one for it"
                     )
-        now = _modes(self._modules)
-        changed = next((path for path in now if self._modes.get(path) != now[path]), None)
+        changed = next((path for path, m, flag in self._modes if m.training != flag), None)
         if changed is not None:
             raise RuntimeError(
                 f"fastres.graph: {changed or 'the model'} was switched between train and eval "
@@ -123,7 +122,8 @@ def graph(
 
     Raises ValueError for a model in train mode without a step, a training BatchNorm with
     momentum=None (its factor 1 / num_batches_tracked is read by the host), SGD with dampening
-    (its first step differs from the others), inputs on several devices."""
+    (its first step differs from the others), inputs on several devices; on CUDA for an optimizer
+    with capturable=False, or one that makes state in a way that cannot be put back."""
     tensors = (sample,) if isinstance(sample, Tensor) else tuple(sample)
     device = _check_sample(model, tensors)
     if step is not None and loss_fn is not None:
@@ -138,7 +138,7 @@ def graph(
             )
         call = _inference(model)
     else:
-        _check_training(model, optimizer)
+        _check_training(model, optimizer, device)
         call = step if step is not None else _step(model, loss_fn, optimizer)  # type: ignore[arg-type]
     call = _under_autocast(call, device)
     made = Graphed(call, tensors, model, optimizer)
@@ -161,7 +161,9 @@ def _check_sample(model: nn.Module, tensors: tuple[Tensor, ...]) -> torch.device
     return devices.pop()
 
 
-def _check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def _check_training(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, device: torch.device
+) -> None:
     for path, m in model.named_modules():
         if (
             isinstance(m, nn.modules.batchnorm._NormBase)
@@ -179,6 +181,11 @@ def _check_training(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
             raise ValueError(
                 "fastres.graph: SGD with dampening: its first step differs from the others, and a "
                 "graph has one"
+            )
+        if device.type == "cuda" and not group.get("capturable", True):
+            raise ValueError(
+                f"fastres.graph: {type(optimizer).__name__} counts its steps on the host, which a "
+                "graph cannot see; make it with capturable=True"
             )
 
 
@@ -219,10 +226,6 @@ def _under_autocast(call: Callable[..., Any], device: torch.device) -> Callable[
     return run
 
 
-def _modes(model: nn.Module) -> dict[str, bool]:
-    return {path: m.training for path, m in model.named_modules()}
-
-
 def _numbers(optimizer: torch.optim.Optimizer | None) -> dict[tuple[int, str], Any]:
     """The Python numbers of an optimiser's groups, which a capture freezes."""
     groups = [] if optimizer is None else optimizer.param_groups
@@ -241,7 +244,8 @@ def _say_once(text: str) -> None:
 
 
 class _Kept:
-    """Everything a warm-up step may change, to be put back in place."""
+    """Everything a warm-up may change, to be put back in place. What the optimiser's state starts
+    at is read while the warm-up's first step makes it: a `with` around the warm-up."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.optimizer = optimizer
@@ -251,28 +255,64 @@ class _Kept:
         self.tensors += [
             (p, p.detach().clone()) for g in groups for p in g["params"] if id(p) not in known
         ]
-        self.state = {}
+        self.state: dict[tuple[Tensor, str], Any] = {}
         if optimizer is not None:
-            self.state = {
-                (p, name): copy.deepcopy(value)
-                for p, values in optimizer.state.items()
-                for name, value in values.items()
-            }
+            self._read(optimizer, list(optimizer.state))
+
+    def _read(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+        for p in parameters:
+            for name, value in optimizer.state.get(p, {}).items():
+                if (p, name) not in self.state:
+                    self.state[p, name] = copy.deepcopy(value)
+
+    def __enter__(self) -> _Kept:
+        # torch's optimisers make the state of a group's parameters in _init_group, then step
+        optimizer = self.optimizer
+        make = getattr(optimizer, "_init_group", None)
+        if optimizer is None or make is None:
+            return self
+        read: set[int] = set()
+
+        def made(group: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            answer = make(group, *args, **kwargs)
+            if id(group) not in read:  # later it is no more what it started at
+                read.add(id(group))
+                self._read(optimizer, group["params"])
+            return answer
+
+        optimizer._init_group = made  # type: ignore[attr-defined]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.optimizer is not None:
+            self.optimizer.__dict__.pop("_init_group", None)
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Raises ValueError, all else put back, when a graph could not go on from this state."""
         for tensor, value in self.tensors:
             tensor.copy_(value)
+        wrong: dict[str, str] = {}
         for p, values in self.optimizer.state.items() if self.optimizer is not None else ():
-            for name, now in values.items():
+            for name, now in list(values.items()):
                 before = self.state.get((p, name))
-                if not isinstance(now, Tensor):
-                    if (p, name) in self.state:
-                        values[name] = before
-                elif isinstance(before, Tensor):
+                if isinstance(now, Tensor) and isinstance(before, Tensor):
+                    if now.device != p.device and not torch.equal(now, before):
+                        wrong[name] = "changes on the host, which a graph cannot see"
                     now.copy_(before)
-                else:
-                    now.zero_()  # made by the warm-up: a momentum, a step count: 0 at the start
+                elif (p, name) in self.state and type(now) is type(before):
+                    if isinstance(now, (int, float)) and now != before:
+                        wrong[name] = "changes on the host, which a graph cannot see"
+                    values[name] = before
+                elif isinstance(now, Tensor) and isinstance(self.optimizer, torch.optim.SGD):
+                    now.zero_()  # its momentum is the first gradient: as one step from 0
+                elif now is not None:
+                    wrong[name] = "starts at what only its first step knows; take one step before"
+                    del values[name]
+        for name, why in wrong.items():
+            raise ValueError(
+                f"fastres.graph: {type(self.optimizer).__name__} has a state {name!r} that {why}"
+            )
 
 
 def _capture(
@@ -292,7 +332,7 @@ def _capture(
         # 1. warm up on a side stream, as capture runs on one
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), kept:
             for _ in range(max(warmup, 1)):
                 call(*inputs)
         torch.cuda.current_stream().wait_stream(stream)

@@ -136,27 +136,98 @@ def test_graph_notices_what_a_capture_cannot_see():
         train(x, y)
 
 
-def test_kept_puts_back_a_warm_up():
-    """What _capture relies on: parameters, buffers and old state as before, new state 0."""
+OPTIMIZERS = {
+    "SGD": {"momentum": 0.9}, "Adam": {"amsgrad": True}, "AdamW": {}, "NAdam": {}, "RAdam": {},
+    "ASGD": {}, "Rprop": {}, "RMSprop": {"momentum": 0.9}, "Adagrad": {}, "Adadelta": {},
+    "Adamax": {},
+}  # fmt: skip
+
+
+def steps(model, optimizer, count):
     x, y = batch()
-    model = network()
-    optimizer = sgd(model)
-    for known in (False, True):  # without and with optimiser state
-        before = copy.deepcopy(model.state_dict())
-        momenta = copy.deepcopy([v["momentum_buffer"] for v in optimizer.state.values()])
-        kept = graphs._Kept(model, optimizer)
+    for seed in range(count):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
-        assert not torch.equal(before["0.conv.weight"], model[0].conv.weight)
+
+
+@pytest.mark.parametrize("name, known", [*((name, 0) for name in OPTIMIZERS), ("NAdam", 2)])
+def test_kept_puts_back_a_warm_up(name, known):
+    """What _capture relies on: parameters, buffers and old state as before, new state as it starts,
+    in the same tensors: what is trained from there is what a model without warm-up becomes."""
+    model = network()
+    plain = copy.deepcopy(model)
+    make = getattr(torch.optim, name)
+    optimizer = make(model.parameters(), **OPTIMIZERS[name])
+    other = make(plain.parameters(), **OPTIMIZERS[name])
+    steps(model, optimizer, known)
+    steps(plain, other, known)
+    before = copy.deepcopy(model.state_dict())
+    kept = graphs._Kept(model, optimizer)
+    with kept:
+        steps(model, optimizer, 2)
+    assert "_init_group" not in vars(optimizer)
+    tensors = [t for s in optimizer.state.values() for t in s.values()]
+    assert not torch.equal(before["0.conv.weight"], model[0].conv.weight)
+    kept.restore()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    after = [t for s in optimizer.state.values() for t in s.values()]
+    assert after and all(a is b for a, b in zip(after, tensors, strict=True))
+    steps(model, optimizer, 2)
+    steps(plain, other, 2)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+class Counts(torch.optim.SGD):
+    """With a number as state."""
+
+    def _init_group(self, group, *args):
+        for p in group["params"]:
+            self.state[p].setdefault("count", 0)
+        return super()._init_group(group, *args)
+
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            state["count"] += 1
+
+
+class Late(torch.optim.SGD):
+    """With a state that _init_group does not make."""
+
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("first", 1)
+
+
+@pytest.mark.parametrize("make, message", [
+    (Counts, "Counts has a state 'count' that changes on the host"),
+    (Late, "Late has a state 'first' that starts at what only its first step knows"),
+])  # fmt: skip
+def test_a_state_that_cannot_be_put_back_is_an_error(make, message):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = make(model.parameters(), lr=0.1)
+    kept = graphs._Kept(model, optimizer)
+    with kept:
+        steps(model, optimizer, 2)
+    with pytest.raises(ValueError, match=message):
         kept.restore()
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        after = [v["momentum_buffer"] for v in optimizer.state.values()]
-        if known:
-            assert all(torch.equal(a, b) for a, b in zip(after, momenta, strict=True))
-        else:
-            assert len(after) > 0 and all((m == 0).all() for m in after)
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(state.get("count", 0) == 0 for state in optimizer.state.values())
+
+
+def test_an_optimizer_that_counts_on_the_host_is_refused_for_cuda():
+    model = network()
+    adam = torch.optim.Adam(model.parameters())
+    graphs._check_training(model, adam, torch.device("cpu"))
+    with pytest.raises(ValueError, match="Adam counts its steps on the host.*capturable=True"):
+        graphs._check_training(model, adam, torch.device("cuda"))
+    adam = torch.optim.Adam(model.parameters(), capturable=True)
+    graphs._check_training(model, adam, torch.device("cuda"))
 
 
 @CUDA
@@ -184,6 +255,25 @@ def test_graph_captures_a_step(dtype):
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(graphed.state_dict()[key], value, rtol=1e-2, atol=1e-3, msg=key)
     assert int(graphed[0].bn.num_batches_tracked) == 4
+
+
+@CUDA
+@pytest.mark.parametrize("name", ["NAdam", "ASGD", "Rprop", "Adam"])
+def test_graph_captures_an_optimizer_whose_state_does_not_start_at_zero(name):
+    x, y = batch("cuda", 16)
+    plain = network().cuda()
+    plain[2].p = 0.0
+    graphed = copy.deepcopy(plain)
+    make = getattr(torch.optim, name)
+    a, b = (make(m.parameters(), lr=1e-3, capturable=True) for m in (plain, graphed))
+    loss_fn = nn.functional.cross_entropy
+    train = fastres.graph(graphed, (x, y), loss_fn=loss_fn, optimizer=b)
+    for i in range(3):
+        a.zero_grad()
+        loss = loss_fn(plain(x + i), y)
+        loss.backward()
+        a.step()
+        torch.testing.assert_close(train(x + i, y), loss.detach(), rtol=1e-3, atol=1e-4)
 
 
 @CUDA
