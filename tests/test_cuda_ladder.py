@@ -11,7 +11,7 @@ import pytest
 import torch
 from common import backend
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import Bottleneck, resnet18
 
 import fastres
 from fastres import _cuda, _cuda_cutlass, _cuda_pointwise
@@ -95,6 +95,23 @@ def test_inference_runs_on_its_convs(cuda, monkeypatch):
             got = fastres.convert(model)(x)
     assert (ran.count(_cuda_pointwise), ran.count(_cuda_cutlass)) == (6, 3)
     assert (got.double() - truth).norm() <= 2 * (eager.double() - truth).norm()
+
+
+def test_a_stem_of_images_is_the_vendors(cuda, calls):
+    """3 channels; the blocks behind it are the kernels'."""
+    torch.manual_seed(0)
+    model = resnet18(num_classes=4).half().to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 32, 32).half().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), fastres.use_backend("cuda"):
+        want = model.maxpool(model.relu(model.bn1(model.conv1(x))))
+        fastres.convert(model)
+        reason = fastres.report(model).rows[0].reason
+        model.layer2, model.layer3, model.layer4 = (torch.nn.Identity() for _ in range(3))
+        model.avgpool = model.layer1 = torch.nn.Identity()
+        model.fc = torch.nn.Identity()
+        z = model(x)
+    assert "conv1 on the vendor's conv (channels 3 and 64" in reason and not calls
+    torch.testing.assert_close(z.view_as(want), want, rtol=5e-3, atol=5e-3)
 
 
 def test_the_report_says_what_each_conv_runs_on(cuda):

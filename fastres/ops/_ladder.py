@@ -111,9 +111,11 @@ OWN_CONVS = {"triton": "c2", "cuda": "c2"}
 
 def own_missing() -> str | None:
     """Why a `use_backend` leaves all convs to the vendor; None where it does not. The C++ convs are
-    Hopper's alone, the passes run on any GPU. (A compiled op asks when it runs.)"""
-    if backends.forced() != "cuda" or torch.compiler.is_compiling():
+    Hopper's alone, the passes run on any GPU."""
+    if backends.forced() != "cuda":
         return None
+    if torch.compiler.is_compiling():  # which of them the kernels take is not asked there
+        return "compiled"
     return importlib.import_module(backends.MODULES["cuda"]).conv_missing(torch.device("cuda"))
 
 
@@ -209,6 +211,13 @@ class Pending(NamedTuple):
     y: Tensor
     norm: Norm
     shortcut: Shortcut | None = None
+
+
+def fusion_of(fusion: str, x: Tensor, weight: Tensor, geometry: list[int]) -> str:
+    """The rung of a conv outside of a stage: b where the backend's kernels do not take it."""
+    if not parse(fusion).rung.conv or torch.compiler.is_compiling():
+        return fusion
+    return fusion if vendor_reason(backends.select(x), x, weight, geometry) is None else "b"
 
 
 def as_normalise(norm: Norm) -> Normalise:
