@@ -335,8 +335,9 @@ def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm, fusion: str | None = None
     contiguous. conv: weight (K, C / groups, R, S), used in x's dtype; bn: vectors of K elements,
     its running statistics updated in place when training. fusion: the rung of the ladder, "b" (the
     vendor's conv), "c1", "c2" or "d" (the backend's own), with the passes left to the vendor as in
-    "c1 vendor stem.wgrad"; None: "b", under use_backend("triton") "c2". Returns (N, K, H', W') in
-    the conv's output layout. Raises ValueError or TypeError that names the argument before anything
+    "c1 vendor stem.wgrad"; None: "b", under use_backend("triton"), and "cuda" on Hopper, "c2". A
+    conv that the backend's kernels do not take runs on "b". Returns (N, K, H', W') in the conv's
+    output layout. Raises ValueError or TypeError that names the argument before anything
     is computed; torch's own ValueError for one value per channel in training; BackendError where
     `fusion` asks for what the backend does not have, or for it on an x that is not channels_last.
     Source: Ioffe & Szegedy 2015, section 3.2; He et al. 2015, section 3.4 (BN after each conv,
