@@ -9,16 +9,22 @@ is not slower than the original."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
-import io
-import multiprocessing
+import json
+import logging
+import math
+import os
+import pickle
 import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +43,15 @@ MODES = ("training", "inference")
 MIN_ROUNDS = 5
 MAX_ROUNDS = 100
 MIN_SECONDS = 2e-3  # of one timed batch of calls: well above the clock's and a launch's noise
-CHILD_SECONDS = 300.0
+CHILD_SECONDS = 300.0  # for the check of one candidate in a process of its own
+CHILD = ("-m", "fastres._tune_child")
+NOT_LOADED = ""  # in the place of a candidate: the block cannot be sent there
+
+log = logging.getLogger("fastres")
+
+
+class TimeLimit(Exception):
+    """The time is up in the middle of a block."""
 
 
 class Progress(Protocol):
@@ -66,10 +80,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `tune` found: an entry for each distinct block. `str()` is the table."""
+    """What `tune` found: an entry for each distinct block; the blocks that it did not get to within
+    its limit. `str()` is the table."""
 
     entries: dict[Key, Entry]
     paths: dict[Key, str]
+    left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = []
@@ -80,6 +96,8 @@ class Tuning:
                 f"{self.paths[key]:<12} {key.mode:<9} {shape:<18} {key.dtype:<9} "
                 f"{entry.choice:<6} {entry}"
             )
+        if self.left:
+            lines.append(f"not measured, for lack of time: {', '.join(self.left)}")
         return "\n".join(lines)
 
 
@@ -92,6 +110,8 @@ def tune(
     isolate: bool | None = None,
     progress: Progress | None = None,
     per_conv: bool = False,
+    limit: float | None = None,
+    each: Callable[[str, Key, Entry], None] | None = None,
 ) -> Tuning:
     """Measure the candidates for each distinct block of a converted model on `sample`, save the
     choices in the user's cache (fastres.plan), and use them from now on.
@@ -102,9 +122,15 @@ def tune(
     in a process of their own (default: on CUDA), so that a crash rejects the candidate. per_conv:
     also try, inside the fastest rung with fused convs, the vendor's kernel for each pass of each
     conv, and take what was faster (choices as "c2 vendor conv2.wgrad"); some ten candidates more
-    for each block. The model
-    is not changed. What was measured before an interruption is kept. In a distributed job all
-    ranks call it; rank 0 measures.
+    for each block. limit: seconds after which nothing new is begun, checks and compilation
+    included; the blocks not done by then are left as they are and listed in the result's `left`.
+    each: called with (path, key, entry) as soon as a block is done. The model is not changed. What
+    was measured before an interruption is kept. In a distributed job all ranks call it; rank 0
+    measures.
+
+    A candidate's process starts fresh: the calling script is not run again, and needs no
+    `if __name__ == "__main__"`. A block with a class of the script itself is checked in this
+    process; the log says so.
 
     Raises TypeError, ValueError for a bad argument, and for a model without a converted block."""
     check_sample("tune", model, sample)
@@ -113,6 +139,8 @@ def tune(
         raise ValueError(f"tune: modes must be some of {MODES}, got {modes!r}")
     if not seconds > 0:
         raise ValueError(f"tune: seconds must be positive, got {seconds}")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"tune: limit must be positive, got {limit}")
     if not any(isinstance(m, FusedMixin) for m in model.modules()):
         raise ValueError(
             "tune: the model has no converted block; call fastres.convert(model) first"
@@ -122,9 +150,12 @@ def tune(
             'tune: not under use_backend("cuda"): the plan is read by the Triton kernels, which '
             "run by themselves; call tune outside of it"
         )
+    deadline = math.inf if limit is None else time.monotonic() + limit
     device = sample.device
     current = plan.current(device)
-    found = Tuning({}, {})
+    entries: dict[Key, Entry] = {}
+    paths: dict[Key, str] = {}
+    left: tuple[str, ...] = ()
     distributed = torch.distributed
     leads = not (
         distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0
@@ -133,17 +164,25 @@ def tune(
         targets = [t for mode in modes for t in distinct(model, sample, mode == "training")]
         share = seconds / max(len(targets), 1)
         isolate = device.type == "cuda" if isolate is None else isolate
-        for target in targets:
+        for i, target in enumerate(targets):
             if progress is not None:
                 progress.say(f"{target.path} {target.key.mode}")
-            entry = measure(target, share, isolate, per_conv)
-            found.entries[target.key] = entry
-            found.paths[target.key] = target.path
+            fair = max(deadline - time.monotonic(), 0) / (len(targets) - i)
+            try:
+                _in_time(deadline)
+                entry = measure(target, min(share, fair), isolate, per_conv, deadline)
+            except TimeLimit:
+                left = tuple(f"{t.path} {t.key.mode}" for t in targets[i:])
+                break
+            entries[target.key] = entry
+            paths[target.key] = target.path
             current.add({target.key: entry})
+            if each is not None:
+                each(target.path, target.key, entry)
             if progress is not None:
                 progress.step()
     plan.synchronise(device)
-    return found
+    return Tuning(entries, paths, left)
 
 
 def distinct(model: nn.Module, sample: Tensor, training: bool) -> list[Target]:
@@ -225,55 +264,104 @@ def check(target: Target, candidate: str) -> str | None:
     return None if result.ok else f"wrong: {result.worst}"
 
 
-def _child(packed: bytes, autocast: tuple | None, pipe: Any) -> None:
-    """check in a process of its own."""
-    target, candidate = torch.load(io.BytesIO(packed), weights_only=False)
-    context = contextlib.nullcontext() if autocast is None else torch.autocast(*autocast)
-    with context:
-        pipe.send(check(target, candidate))
+def explain(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def isolated(work: Callable, args: tuple, seconds: float = CHILD_SECONDS) -> str | None:
-    """work(*args, pipe) in a process of its own, and what it sends: a crash, an exception or a hang
-    is an answer, not an end."""
-    spawn = multiprocessing.get_context("spawn")
-    mine, theirs = spawn.Pipe()
-    process = spawn.Process(target=work, args=(*args, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        if not mine.poll(seconds):
-            process.kill()
-            process.join()
-            return f"no answer in {seconds:.0f} s"
-        answer = mine.recv()
-    except EOFError:
-        process.join()
-        code = process.exitcode or 0
-        return f"crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
-    process.join()
-    return answer
-
-
-def reject(target: Target, candidate: str, isolate: bool) -> str | None:
-    """Why the candidate is not timed; None when it may be."""
-    if candidate == EAGER:
-        return None
-    if isolate:
-        buffer = io.BytesIO()
-        try:
-            torch.save((target, candidate), buffer)
-        except (AttributeError, TypeError, RuntimeError):
-            isolate = False  # a class that cannot be pickled: checked here
-        else:
-            autocast = None if target.dtype is None else (target.x.device.type, target.dtype)
-            return isolated(_child, (buffer.getvalue(), autocast))
+def attempt(target: Target, candidate: str) -> str | None:
+    """check, where an exception is an answer."""
     try:
         return check(target, candidate)
-    except torch.OutOfMemoryError:
-        return "out of memory"
     except Exception as e:
-        return f"{type(e).__name__}: {e}".splitlines()[0]
+        return explain(e)
+
+
+def run_child(
+    folder: Path, names: list[str], seconds: float, deadline: float = math.inf
+) -> tuple[dict[str, str | None], str | None]:
+    """What `fastres._tune_child` answers, and how it ended if not well: a crash or a hang is an
+    answer, not an end. Each answer may take `seconds`; TimeLimit after `deadline`."""
+    answers, errors = folder / "answers", folder / "errors"
+    answers.write_text("")
+    where = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    env = {**os.environ, "PYTHONPATH": where, "PYTHONSAFEPATH": "1"}
+    with errors.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *CHILD, str(folder), *names],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env,
+        )  # fmt: skip
+    ending = None
+    try:
+        size, last = 0, time.monotonic()
+        while ending is None:
+            try:
+                code = process.wait(0.05)
+                break
+            except subprocess.TimeoutExpired:
+                now = time.monotonic()
+            if now > deadline:
+                raise TimeLimit
+            if answers.stat().st_size > size:
+                size, last = answers.stat().st_size, now
+            elif now - last > seconds:
+                ending = f"no answer in {seconds:.0f} s"
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if ending is None and code:
+        said = errors.read_text(errors="replace").strip().splitlines() if code > 0 else []
+        ending = f"crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+        ending += f": {said[-1]}" if said else ""
+    lines = answers.read_text().split("\n")[:-1]
+    return dict(json.loads(line) for line in lines), ending
+
+
+def _isolated(target: Target, names: list[str], deadline: float) -> dict[str, str | None]:
+    """rejections in a process of their own, a new one after each that crashed. Nothing where the
+    block cannot get there."""
+    found: dict[str, str | None] = {}
+    with tempfile.TemporaryDirectory(prefix="fastres-tune-") as name:
+        folder = Path(name)
+        try:
+            torch.save({"target": target, "backend": backends.forced()}, folder / "block.pt")
+        except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as e:
+            found[NOT_LOADED] = explain(e)
+        while NOT_LOADED not in found and (left := [n for n in names if n not in found]):
+            answers, ending = run_child(folder, left, CHILD_SECONDS, deadline)
+            found |= answers
+            if ending is not None or not answers:
+                first = next((n for n in left if n not in found), left[-1])
+                found.setdefault(first, ending or "no answer")
+    if NOT_LOADED in found:
+        log.warning(
+            "fastres.tune: %s is checked in this process, not in one of its own: %s",
+            target.path, found[NOT_LOADED],
+        )  # fmt: skip
+        return {}
+    return found
+
+
+def rejections(
+    target: Target, names: list[str], isolate: bool, deadline: float = math.inf
+) -> dict[str, str | None]:
+    """For each candidate why it is not timed; None when it may be."""
+    found: dict[str, str | None] = {EAGER: None}
+    left = [n for n in names if n != EAGER]
+    if isolate and left:
+        found |= _isolated(target, left, deadline)
+    for name in left:
+        if name not in found:
+            _in_time(deadline)
+            found[name] = attempt(target, name)
+    return {name: found[name] for name in names}
+
+
+def _in_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise TimeLimit
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -327,19 +415,27 @@ def _rounds(seconds: float) -> Iterator[int]:
 
 
 def _prepare(
-    target: Target, name: str, isolate: bool, steps: dict[str, Callable[[], None]]
-) -> str | None:
-    """Check a candidate and make its step; why not, where it is wrong or cannot run."""
-    reason = reject(target, name, isolate)
-    if reason is None:
-        try:
-            steps[name] = step_of(target, name)
-            steps[name]()  # compile, allocate
-            steps[name]()
-        except torch.OutOfMemoryError:
-            reason = "out of memory"
-            steps.pop(name, None)
-    return reason
+    target: Target,
+    names: list[str],
+    isolate: bool,
+    steps: dict[str, Callable[[], None]],
+    deadline: float,
+) -> dict[str, str]:
+    """Check candidates and make their steps; why not, where one is wrong or cannot run."""
+    rejected = {}
+    for name, reason in rejections(target, names, isolate, deadline).items():
+        if reason is None:
+            _in_time(deadline)
+            try:
+                steps[name] = step_of(target, name)
+                steps[name]()  # compile, allocate
+                steps[name]()
+            except torch.OutOfMemoryError:
+                reason = "out of memory"
+                steps.pop(name, None)
+        if reason is not None:
+            rejected[name] = reason
+    return rejected
 
 
 def _race(
@@ -355,28 +451,30 @@ def _race(
     return times
 
 
-def measure(target: Target, seconds: float, isolate: bool, per_conv: bool = False) -> Entry:
-    """Check every candidate, time those that are right, choose."""
-    rejected: dict[str, str] = {}
+def measure(
+    target: Target,
+    seconds: float,
+    isolate: bool,
+    per_conv: bool = False,
+    deadline: float = math.inf,
+) -> Entry:
+    """Check every candidate, time those that are right, choose. Raises TimeLimit rather than begin
+    anything after `deadline`, on time.monotonic's clock."""
     steps: dict[str, Callable[[], None]] = {}
     device = target.x.device
-    for name in candidates(target):
-        reason = _prepare(target, name, isolate, steps)
-        if reason is not None:
-            rejected[name] = reason
+    rejected = _prepare(target, candidates(target), isolate, steps, deadline)
     if EAGER not in steps:
         raise RuntimeError(f"tune: the original {target.path} itself cannot run: {rejected[EAGER]}")
     times = _race(steps, seconds, device)
     fused = [name for name in times if name != EAGER and parse(name).rung.conv]
     if per_conv and fused:
         base = min(fused, key=lambda name: statistics.median(times[name]))
-        mixed = refine(target, base, steps[base], seconds, isolate, rejected)
+        mixed = refine(target, base, steps[base], seconds, isolate, rejected, deadline)
         if mixed != base:
-            reason = _prepare(target, mixed, isolate, steps)
-            if reason is None:
+            wrong = _prepare(target, [mixed], isolate, steps, deadline)
+            rejected |= wrong
+            if not wrong:
                 times = _race(steps, seconds, device)
-            else:
-                rejected[mixed] = reason
     return choose(times, rejected)
 
 
@@ -397,14 +495,13 @@ def refine(
     seconds: float,
     isolate: bool,
     rejected: dict[str, str],
+    deadline: float = math.inf,
 ) -> str:
     """`base` with those passes left to the vendor that make it faster, each alone, by more than the
     noise. What they make together is for the caller to measure."""
     steps = {base: step}
-    for name in passes_of(target):
-        reason = _prepare(target, with_vendor(base, [name]), isolate, steps)
-        if reason is not None:
-            rejected[with_vendor(base, [name])] = reason
+    names = [with_vendor(base, [name]) for name in passes_of(target)]
+    rejected |= _prepare(target, names, isolate, steps, deadline)
     times = _race(steps, seconds, target.x.device)
     better = [name for name in times if name != base and _faster(times[base], times[name])]
     return with_vendor(base, [name.split()[-1] for name in better])

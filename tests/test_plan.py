@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -292,40 +294,83 @@ def test_a_candidate_that_raises_is_rejected(monkeypatch):
     assert any("RuntimeError: no such" in e.rejected.get("b", "") for e in found.entries.values())
 
 
-def _abort(pipe) -> None:
-    os.abort()
+CRASHES = """
+import json, os, sys, time
+folder, *names = sys.argv[1:]
+print("last words", file=sys.stderr)
+for name in names:
+    if name == "b": os.abort()
+    if name == "c1": time.sleep(60)
+    if name == "d": sys.exit(3)
+    with open(folder + "/answers", "a") as file: print(json.dumps([name, None]), file=file)
+"""
 
 
-def _exit(code: int, pipe) -> None:
-    os._exit(code)
+def block(path="layer2.0", training=True) -> tuning.Target:
+    (target,) = [t for t in tuning.distinct(network(), sample(), training) if t.path == path]
+    return target
 
 
-def _sleep(pipe) -> None:
-    time.sleep(60)
+def test_a_crash_or_a_hang_is_an_answer(monkeypatch):
+    monkeypatch.setattr(tuning, "CHILD", ("-S", "-c", CRASHES))
+    monkeypatch.setattr(tuning, "CHILD_SECONDS", 2.0)
+    names = [EAGER, "c2", "b", "c1", "d", "c2 vendor conv1.wgrad"]
+    assert tuning.rejections(block(), names, True) == {
+        EAGER: None, "c2": None, "b": "crashed (SIGABRT)", "c1": "no answer in 2 s",
+        "d": "crashed (exit code 3): last words", "c2 vendor conv1.wgrad": None,
+    }  # fmt: skip
 
 
-def _answer(pipe) -> None:
-    pipe.send(None)
+def test_a_child_that_says_nothing_is_an_answer(monkeypatch):
+    """Whatever it was sent: here 2 MB, which a pipe to a dead child would not take."""
+    monkeypatch.setattr(tuning, "CHILD", ("-S", "-c", ""))
+    target = block()
+    target.module.register_buffer("large", torch.zeros(1 << 19))
+    assert tuning.rejections(target, ["b"], True) == {"b": "no answer"}
+    monkeypatch.setattr(tuning, "CHILD", ("-m", "fastres.no_such_module"))
+    assert "No module named fastres.no_such" in str(tuning.rejections(target, ["b"], True)["b"])
 
 
-@pytest.mark.parametrize(
-    "work, args, seconds, answer",
-    [
-        (_abort, (), 60, "crashed (SIGABRT)"),
-        (_exit, (3,), 60, "crashed (exit code 3)"),
-        (_sleep, (), 3, "no answer in 3 s"),
-        (_answer, (), 60, None),
-    ],
-)
-def test_a_crash_or_a_hang_is_an_answer(work, args, seconds, answer):
-    assert tuning.isolated(work, args, seconds) == answer
+def test_the_time_limit_ends_a_child(monkeypatch):
+    monkeypatch.setattr(tuning, "CHILD", ("-S", "-c", "import time; time.sleep(60)"))
+    target, start = block(), time.monotonic()
+    with pytest.raises(tuning.TimeLimit):
+        tuning.rejections(target, ["b"], True, start + 0.5)
+    assert time.monotonic() - start < 20
 
 
 def test_candidates_are_checked_in_a_process_of_their_own():
-    model, x = network(), sample()
-    (target,) = [t for t in tuning.distinct(model, x, True) if t.path == "layer2.0"]
-    assert tuning.reject(target, "b", isolate=True) is None
-    assert tuning.reject(target, "c2", isolate=True) is not None  # the cpu backend has no convs
+    """What raises there says what it would say here."""
+    target, names = block(), [EAGER, "b", "c2"]
+    found = tuning.rejections(target, names, isolate=True)
+    assert found == tuning.rejections(target, names, isolate=False)
+    assert found["b"] is None and "BackendError" in str(found["c2"])  # cpu: no convs
+    with fastres.use_backend("reference"):
+        assert tuning.rejections(target, ["c2"], isolate=True) == {"c2": None}
+
+
+def test_a_script_without_a_main_guard_can_tune(tmp_path):
+    """Its process for a candidate must not run the script again; a class of the script cannot get
+    there, and is checked in the script's own process."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, fastres\n"
+        "from torchvision.models.resnet import BasicBlock\n"
+        "print('started', flush=True)\n"
+        "class Norm(torch.nn.BatchNorm2d): pass\n"
+        "block = fastres.convert(torch.nn.Sequential(BasicBlock(64, 64)).eval())\n"
+        "x = torch.randn(2, 64, 9, 9).contiguous(memory_format=torch.channels_last)\n"
+        "kw = dict(modes=('inference',), seconds=0.1, isolate=True)\n"
+        "print(fastres.tune(block, x, **kw))\n"
+        "block[0].own = Norm(1)\n"
+        "print(fastres.tune(block, x, **kw))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "started" and len(lines) == 3 and all("b " in n for n in lines[1:]), lines
+    assert "rejected" not in done.stdout
+    assert done.stderr.count("is checked in this process") == 1 and "'Norm'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -429,6 +474,32 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, cache):
     assert len(json.loads(file.read_text())["entries"]) == 2
 
 
+def test_a_limit_leaves_the_rest_and_each_block_is_told(cache, monkeypatch):
+    """Nothing is kept of a block in the middle of which the time was up."""
+    measure, told = tuning.measure, []
+
+    def slow(target, *args):
+        if len(told) == 2:
+            raise tuning.TimeLimit
+        return measure(target, *args)
+
+    monkeypatch.setattr(tuning, "measure", slow)
+    found = fastres.tune(
+        network(), sample(), modes=("training",), seconds=0.1, limit=600,
+        each=lambda path, key, entry: told.append((path, key, entry)),
+    )  # fmt: skip
+    assert [(found.paths[k], k, e) for k, e in found.entries.items()] == told and len(told) == 2
+    assert found.left == tuple(f"layer{i}.0 training" for i in (2, 3, 4))
+    assert "not measured, for lack of time: layer2.0 training, layer3.0" in str(found)
+    (file,) = cache.glob("plan-*.json")
+    assert len(json.loads(file.read_text())["entries"]) == 2
+
+
+def test_a_spent_limit_measures_nothing(cache):
+    found = fastres.tune(network(), sample(), modes=("inference",), limit=1e-9)
+    assert not found.entries and len(found.left) == 5 and not list(cache.glob("plan-*"))
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -437,6 +508,7 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, cache):
         (lambda: fastres.tune(network(), sample().double()), ValueError, "they must agree"),
         (lambda: fastres.tune(network(), sample(), modes=("eval",)), ValueError, "modes must be"),
         (lambda: fastres.tune(network(), sample(), seconds=0), ValueError, "seconds must be"),
+        (lambda: fastres.tune(network(), sample(), limit=0), ValueError, "limit must be"),
     ],
 )
 def test_bad_input(call, error, message):

@@ -1,0 +1,55 @@
+"""The process in which `fastres.tune` checks the candidates of a block:
+`python -m fastres._tune_child FOLDER CANDIDATE...`, with the block in FOLDER/block.pt. The answers
+go to FOLDER/answers, one JSON line [candidate, why not or null] as each is known.
+
+A fresh process, not multiprocessing's: that would run the user's script again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastres import backends, tuning
+
+
+def main(folder: Path, names: list[str]) -> None:
+    with (folder / "answers").open("a") as file:
+
+        def answer(name: str, reason: str | None) -> None:
+            print(json.dumps([name, reason]), file=file, flush=True)
+
+        try:
+            check_all(folder, names, answer)
+        except (AttributeError, ImportError) as e:  # a class of the user's script
+            answer(tuning.NOT_LOADED, tuning.explain(e))
+        except Exception as e:
+            for name in names:
+                answer(name, tuning.explain(e))
+
+
+def check_all(folder: Path, names: list[str], answer: Callable[[str, str | None], None]) -> None:
+    found = torch.load(folder / "block.pt", weights_only=False)
+    target: tuning.Target = found["target"]
+    kind = target.x.device.type
+    with contextlib.ExitStack() as stack:
+        if found["backend"] is not None:
+            stack.enter_context(backends.use_backend(found["backend"]))
+        if target.dtype is not None:
+            stack.enter_context(torch.autocast(kind, target.dtype))
+        for name in names:
+            answer(name, tuning.attempt(target, name))
+            try:
+                if kind == "cuda":
+                    torch.cuda.synchronize()
+                    torch.cuda.empty_cache()
+            except RuntimeError:
+                return  # the device is lost to this process; the rest is for the next one
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
