@@ -301,3 +301,95 @@ def test_a_job_that_crashes_costs_itself_only(monkeypatch):
     assert found["crash"]["error"] == "its process died: SIGABRT"
     assert found["hang"]["error"] == "no answer within 3 s"
     assert "no time left" in pool.run_jobs("kernels", ["a"], True, 1, 3.0, 0.0)["a"]["error"]
+
+
+@pytest.fixture
+def probing(tmp_path, monkeypatch):
+    """A stage's record whose time is up when the test says so, and what the probes need of a
+    device."""
+    from types import SimpleNamespace
+
+    from bench.gpu import probes
+    from fastres import plan
+
+    monkeypatch.setattr(record, "environment", lambda dry: {})
+    monkeypatch.setattr(probes, "table", lambda *args: None)
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path / "cache"))
+    shot = SimpleNamespace(run=lambda: 1e-3)
+    dev = SimpleNamespace(
+        dry=False, type="cpu", torch="cpu", empty=lambda: None, broken=lambda: None,
+        timer=SimpleNamespace(shot=lambda calls, seconds, graph: shot),
+    )  # fmt: skip
+
+    def make(stage: str) -> record.Record:
+        return record.Record(tmp_path, stage, True, 60.0, "a test")
+
+    plan.forget()
+    yield probes, dev, make
+    plan.forget()
+
+
+def test_what_cudnn_was_not_asked_is_not_unsupported(probing, monkeypatch):
+    from types import SimpleNamespace
+
+    probes, dev, make = probing
+    rec, built = make("cudnn"), []
+    shape = dict(x=(1, 8, 8, 8), K=8, C=8, S=3, padding=(1, 1))
+    shapes = [SimpleNamespace(**shape, R=3, stride=(n, n)) for n in (1, 2)]
+
+    def build(module, handle, form, s, dtype):
+        built.append((form, s.stride[0], dtype))
+        if form == "conv+genstats":
+            raise RuntimeError("no engine")
+        if len(built) == 11:  # in the middle of fp16's first shape
+            rec.deadline = 0.0
+        return lambda: None
+
+    fake = SimpleNamespace(create_handle=int, backend_version=lambda: 9, __version__="1")
+    monkeypatch.setattr(probes, "frontend", lambda: (fake, None))
+    monkeypatch.setattr(probes, "conv_shapes", lambda dry: shapes)
+    monkeypatch.setattr(probes, "build_graph", build)
+    probes.cudnn(dev, rec)
+    bf16, fp16 = "bfloat16", "float16"
+    assert [(r["dtype"], r["shape"]["stride"][0]) for r in rec.rows[::4]] == [
+        (bf16, 1), (bf16, 2), (fp16, 1), (fp16, 2)
+    ]  # fmt: skip
+    assert [r["supported"] for r in rec.rows[:8]] == [True, False, True, True] * 2
+    assert [r["supported"] for r in rec.rows[8:]] == [True, False, True, None] + [None] * 4
+    assert "not tried: 5 of 16, for lack of time" in rec.found["notes"]
+    lines = {(form, name): (all_, down) for form, name, all_, down, _ in probes.counts(rec.rows)}
+    assert lines["conv", bf16] == ("2/2", "1/1") and lines["conv", fp16] == ("1/1", "0/0")
+    assert lines["conv+genstats", fp16] == ("0/1", "0/0")
+    assert lines["conv+scale-bias-relu", fp16] == ("0/0", "0/0")
+
+
+def test_an_interrupted_tune_keeps_its_blocks(probing, tmp_path, monkeypatch):
+    import torch
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    from fastres import plan, tuning
+
+    probes, dev, make = probing
+    dev.dry = True
+    rec = make("tune")
+    net = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).to(memory_format=torch.channels_last)
+    monkeypatch.setattr(probes, "network", lambda name, dry: net)
+    limits = []
+
+    def measure(target, seconds, isolate, per_conv, deadline):
+        limits.append(deadline - time.monotonic())
+        if len(limits) == 3:
+            raise KeyboardInterrupt
+        return plan.Entry("b", {"eager": 2.0, "b": 1.0}, 2.0)
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        probes.tune(dev, rec)
+    written = json.loads((tmp_path / "probes.json").read_text())["stages"]["tune"]["rows"]
+    assert [r["choice"] for r in written] == ["b", "b"] and all(0 < s <= 60 for s in limits)
+    rec.deadline = 0.0
+    monkeypatch.setattr(tuning, "measure", lambda *args: (_ for _ in ()).throw(tuning.TimeLimit()))
+    probes.tune(dev, rec)
+    left = [f"layer{i}.0 training" for i in (1, 2, 3, 4)]
+    assert rec.found["notes"][-1].startswith("not measured, for lack of time: ")
+    assert rec.found["notes"][-1].endswith(", ".join(left))

@@ -108,45 +108,66 @@ def cudnn(device: Device, record: Record) -> None:
         return
     handle = module.create_handle()
     record.set(versions={"cudnn": module.backend_version(), "frontend": module.__version__})
-    totals: dict[tuple[str, str], list[Any]] = {}
-    for s in shapes:
-        for dtype in (torch.bfloat16, torch.float16):
-            name = str(dtype).removeprefix("torch.")
-            shots, reasons = {}, {}
-            for form in FORMS:
-                if record.time_left() < 0:
-                    reasons[form] = "no time left"
-                    continue
-                try:
-                    call = build_graph(module, handle, form, s, dtype)
-                    shots[form] = device.timer.shot([call], SHOT_SECONDS, graph=False)
-                except Exception as error:
-                    reasons[form] = one_line(error)
-                    if device.broken() is not None:
-                        raise
-            times = take_turns(shots, ROUNDS, record.time_left)
-            for form in FORMS:
-                row: dict[str, Any] = {"form": form, "dtype": name, "shape": vars(s)}
-                if form in times:
-                    row |= {"supported": True, **summary(times[form])}
-                    if "conv" in times:
-                        row["against conv"] = ratio(times[form], times["conv"])
-                else:
-                    row |= {"supported": False, "reason": reasons.get(form)}
-                record.add(**row)
-                totals.setdefault((form, name), []).append(row)
+    for dtype in (torch.bfloat16, torch.float16):  # all shapes in bf16 first
+        for s in shapes:
+            probe(device, record, module, handle, s, dtype)
             device.empty()
+    lines = counts(record.rows)
+    table("cudnn", ("form", "dtype", "shapes", "3x3 stride 2", "time / bare conv"), lines)
+    untried = sum(r["supported"] is None for r in record.rows)
+    record.set(not_tried=untried)
+    if untried:
+        record.note(f"not tried: {untried} of {len(record.rows)}, for lack of time")
+
+
+def probe(
+    device: Device, record: Record, module: Any, handle: Any, s: Any, dtype: torch.dtype
+) -> None:
+    """A row for each form. supported is None for one that there was no time to try."""
+    shots, reasons, untried = {}, {}, set()
+    for form in FORMS:
+        if record.time_left() < 0:
+            untried.add(form)
+            reasons[form] = "not tried: no time left"
+            continue
+        try:
+            call = build_graph(module, handle, form, s, dtype)
+            shots[form] = device.timer.shot([call], SHOT_SECONDS, graph=False)
+        except Exception as error:
+            reasons[form] = one_line(error)
+            if device.broken() is not None:
+                raise
+    times = take_turns(shots, ROUNDS, record.time_left)
+    for form in FORMS:
+        row: dict[str, Any] = {
+            "form": form, "dtype": str(dtype).removeprefix("torch."), "shape": vars(s),
+        }  # fmt: skip
+        if form in times:
+            row |= {"supported": True, **summary(times[form])}
+            if "conv" in times:
+                row["against conv"] = ratio(times[form], times["conv"])
+        else:
+            row |= {"supported": None if form in untried else False, "reason": reasons[form]}
+        record.add(**row)
+
+
+def counts(rows: list[dict[str, Any]]) -> list[tuple]:
+    """The table's lines: how many of the shapes that were tried each form takes."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["form"], row["dtype"]), []).append(row)
     lines = []
-    for (form, name), rows in totals.items():
-        good = [r for r in rows if r["supported"]]
-        down = [r for r in rows if r["shape"]["R"] == 3 and r["shape"]["stride"][0] == 2]
+    for (form, name), found in groups.items():
+        tried = [r for r in found if r["supported"] is not None]
+        good = [r for r in tried if r["supported"]]
+        down = [r for r in tried if r["shape"]["R"] == 3 and r["shape"]["stride"][0] == 2]
         ratios = [r["against conv"]["x"] for r in good if "against conv" in r]
         lines.append((
-            form, name, f"{len(good)}/{len(rows)}",
+            form, name, f"{len(good)}/{len(tried)}",
             f"{sum(r['supported'] for r in down)}/{len(down)}",
             1 / statistics.median(ratios) if ratios else None,
         ))  # fmt: skip
-    table("cudnn", ("form", "dtype", "shapes", "3x3 stride 2", "time / bare conv"), lines)
+    return lines
 
 
 def tune(device: Device, record: Record) -> None:
@@ -167,14 +188,24 @@ def tune(device: Device, record: Record) -> None:
         x = torch.randn(2 if device.dry else 256, 3, size, size, device=device.torch)
         x = x.contiguous(memory_format=torch.channels_last)
         seconds = 0.2 if device.dry else max(5.0, 0.3 * record.time_left())
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            found = fastres.tune(net, x, modes=("training",), seconds=seconds)
-        lines = []
-        for key, entry in found.entries.items():
+        lines: list[tuple] = []
+
+        def each(path: str, key: Any, entry: Any) -> None:  # at once: the stage may be stopped
             times = {k: float(v) for k, v in entry.milliseconds.items()}
-            row = record.add(block=str(key.block), shape=list(key.shape), dtype=key.dtype,
-                             mode=key.mode, choice=entry.choice, ratio=entry.ratio, ms=times,
-                             rejected=dict(entry.rejected))  # fmt: skip
+            row = record.add(
+                block=str(key.block), path=path, shape=list(key.shape), dtype=key.dtype,
+                mode=key.mode, choice=entry.choice, ratio=entry.ratio, ms=times,
+                rejected=dict(entry.rejected),
+            )  # fmt: skip
+            record.save()
             where = "x".join(map(str, row["shape"]))
             lines.append((where, row["choice"], row["ratio"], len(row["rejected"])))
+
+        limit = max(record.time_left(), 1.0)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            found = fastres.tune(
+                net, x, modes=("training",), seconds=seconds, limit=limit, each=each
+            )
+        if found.left:
+            record.note(f"not measured, for lack of time: {', '.join(found.left)}")
     table("tune: ResNet-50's blocks", ("input", "choice", "x eager", "rejected"), lines)

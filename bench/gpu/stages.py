@@ -26,8 +26,8 @@ STAGES = (
     Stage("train", "training steps against all baselines", 360, "nets", "train", "train"),
     Stage("inference", "inference against all baselines", 180, "nets", "inference", "inference"),
     Stage("memory", "bytes saved for backward, peak memory", 60, "nets", "memory", "inference"),
-    Stage("cudnn", "what cuDNN's fused graphs support", 90, "probes", "cudnn", "probes"),
-    Stage("tune", "fastres.tune on ResNet-50", 120, "probes", "tune", "probes"),
+    Stage("cudnn", "what cuDNN's fused graphs support", 240, "probes", "cudnn", "probes"),
+    Stage("tune", "fastres.tune on ResNet-50", 480, "probes", "tune", "probes"),
     Stage("sanitizer", "compute-sanitizer on a few tests", 90, "checks", "sanitizer", "checks"),
 )
 NAMES = tuple(s.name for s in STAGES)
