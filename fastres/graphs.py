@@ -297,7 +297,8 @@ class _Kept:
             for name, now in list(values.items()):
                 before = self.state.get((p, name))
                 if isinstance(now, Tensor) and isinstance(before, Tensor):
-                    if now.device != p.device and not torch.equal(now, before):
+                    moved = now.device != p.device and not torch.equal(now, before)
+                    if moved and _counts(self.optimizer, name):
                         wrong[name] = "changes on the host, which a graph cannot see"
                     now.copy_(before)
                 elif (p, name) in self.state and type(now) is type(before):
@@ -313,6 +314,13 @@ class _Kept:
             raise ValueError(
                 f"fastres.graph: {type(self.optimizer).__name__} has a state {name!r} that {why}"
             )
+
+
+def _counts(optimizer: torch.optim.Optimizer | None, name: str) -> bool:
+    """Whether the numbers depend on a state that is kept on the host."""
+    if isinstance(optimizer, torch.optim.Adagrad) and name == "step":
+        return any(group["lr_decay"] for group in optimizer.param_groups)
+    return True
 
 
 def _capture(

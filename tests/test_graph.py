@@ -220,6 +220,13 @@ def test_a_state_that_cannot_be_put_back_is_an_error(make, message):
     assert all(state.get("count", 0) == 0 for state in optimizer.state.values())
 
 
+def test_adagrads_count_on_the_host_matters_to_its_decay_only():
+    for decay in (0.0, 0.1):
+        adagrad = torch.optim.Adagrad(network().parameters(), lr_decay=decay)
+        assert graphs._counts(adagrad, "step") == bool(decay)
+        assert graphs._counts(adagrad, "sum")
+
+
 def test_an_optimizer_that_counts_on_the_host_is_refused_for_cuda():
     model = network()
     adam = torch.optim.Adam(model.parameters())
