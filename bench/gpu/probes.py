@@ -51,7 +51,10 @@ def build_graph(cudnn: Any, handle: Any, form: str, s: Any, dtype: torch.dtype) 
         return torch.rand(1, n, 1, 1, device="cuda").to(dtype)
 
     def declare(t: torch.Tensor, name: str) -> Any:
-        return graph.tensor(name=name, dim=list(t.shape), stride=list(t.stride()), data_type=kind)
+        """By the strides of channels_last: torch leaves NCHW's where a size is 1."""
+        _, c, h, w = t.shape
+        nhwc = [c * h * w, 1, w * c, c]
+        return graph.tensor(name=name, dim=list(t.shape), stride=nhwc, data_type=kind)
 
     pack: dict[Any, torch.Tensor] = {}
 
