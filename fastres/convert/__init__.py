@@ -85,6 +85,9 @@ def convert(
         call chose. A forward on a device whose backend has no such convs raises
         fastres.BackendError.
 
+    With a default process group of several ranks this is a collective: call it on all of them, and
+    all follow rank 0's measured choices.
+
     On the CPU the process's malloc is told to keep large buffers (fastres.memory; FASTRES_MALLOC=0
     leaves it alone). Raises TypeError for what is not a plain module: a class, or a model wrapped
     by torch.compile, DDP or TorchScript, ValueError for an unknown rung."""
