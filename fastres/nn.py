@@ -264,7 +264,8 @@ def why_unfolded(module: nn.Module, spec: Spec, x: Tensor) -> str | None:
     if (grad and x.requires_grad) or backends.forced() not in (None, "cpu"):
         return ""
     for conv, bn in modules_of(module, spec):
-        if bn.training or tensor_of(bn, "running_mean") is None:
+        running = tensor_of(bn, "running_mean"), tensor_of(bn, "running_var")
+        if bn.training or running[0] is None or running[1] is None:
             return ""
         weight = tensor_of(conv, "weight")
         if weight.dtype not in (x.dtype, torch.float32) or type(weight) not in PLAIN:

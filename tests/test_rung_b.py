@@ -138,6 +138,7 @@ def test_what_is_new_is_checked_and_prepared_anew():
     x2 = torch.cat([x, x]).contiguous(memory_format=CL)
     assert step(model, x2, torch.cat([dz, dz]).contiguous(memory_format=CL))["z"].shape[0] == 6
     assert prepared(model) == 2
+    # (NCHW: the vendor's convs sum in another order)
     torch.testing.assert_close(step(model, x.contiguous(), dz)["x"], want, rtol=1e-4, atol=1e-4)
     assert prepared(model) == 3
     torch.testing.assert_close(step(model, x, dz)["x"], want, rtol=0, atol=0)

@@ -28,6 +28,7 @@ from ._units import (
     cast,
     dense,
     fprop_of,
+    in_dtype,
     in_format,
     stats_dtype,
     vector,
@@ -288,13 +289,9 @@ class BlockNode(torch.autograd.Function):
             None, None, None,
             dx if need_dx else None,
             *[
-                _as(dw, dtype) if need else None
+                in_dtype(dw, dtype) if need else None
                 for dw, dtype, need in zip(dws, dtypes, need_dw, strict=True)
             ],
-            *[_as(d, g.dtype) for d, g in zip(dgammas, gammas, strict=True)],
-            *[_as(d, b.dtype) for d, b in zip(dbetas, betas, strict=True)],
+            *[in_dtype(d, g.dtype) for d, g in zip(dgammas, gammas, strict=True)],
+            *[in_dtype(d, b.dtype) for d, b in zip(dbetas, betas, strict=True)],
         )  # fmt: skip
-
-
-def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None or t.dtype == dtype else t.to(dtype)

@@ -86,9 +86,14 @@ def alloc_vectors(x: Tensor, count: int) -> tuple[Tensor, ...]:
     )
 
 
+def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t itself where it has the dtype: `to` costs a microsecond of host time to find that out."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def cast(w: Tensor, x: Tensor) -> Tensor:
     """Weights are used in the activation's dtype (fp32 master weights under autocast)."""
-    return w if w.dtype == x.dtype else w.to(x.dtype)
+    return in_dtype(w, x.dtype)
 
 
 def _winograd_runs(

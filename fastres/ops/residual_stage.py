@@ -55,6 +55,7 @@ from ._units import (
     conv_bwd,
     conv_fwd,
     dense,
+    in_dtype,
     needs_grad,
 )
 from .running_stats import update_running_stats
@@ -348,10 +349,6 @@ define(
 )
 
 
-def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)
-
-
 class _EagerNode(torch.autograd.Function):
     """The op's node without the dispatcher: what plain eager training runs.
 
@@ -397,11 +394,11 @@ class _EagerNode(torch.autograd.Function):
             None, None,
             dx if need_x else None,
             *[
-                _as(dw, dtype) if need else None
+                in_dtype(dw, dtype) if need else None
                 for dw, dtype, need in zip(dws, ctx.weight_dtypes, need_w, strict=True)
             ],
-            *[_as(d, g.dtype) for d, g in zip(dgammas, gammas, strict=True)],
-            *[_as(d, b.dtype) for d, b in zip(dbetas, betas, strict=True)],
+            *[in_dtype(d, g.dtype) for d, g in zip(dgammas, gammas, strict=True)],
+            *[in_dtype(d, b.dtype) for d, b in zip(dbetas, betas, strict=True)],
             *[None] * (2 * n),
         )  # fmt: skip
 
@@ -460,14 +457,7 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
             every.append(shortcut)
     fusion = check_fusion(op, fusion, x)
     check_passes(op, fusion, blocks)
-    stage = Stage(
-        [len(units) for units, _ in blocks],
-        [shortcut is not None for _, shortcut in blocks],
-        [g for u in every for g in u.conv.geometry()],
-        [u.bn.training for u in every],
-        [u.bn.eps for u in every],
-        fusion,
-    )
+    stage = _stage(blocks, every, fusion)
     if fusion == "b" and len(blocks) == 1 and trains_eagerly(x, every):
         return run_program(Program(x, stage, shapes), x, every)
     weights = [u.conv.weight for u in every]
@@ -496,6 +486,18 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
     return z
 
 
+def _stage(blocks: list[Block], every: list[Unit], fusion: str) -> Stage:
+    """every: the blocks' units, a projection after its main branch."""
+    return Stage(
+        [len(units) for units, _ in blocks],
+        [shortcut is not None for _, shortcut in blocks],
+        [g for u in every for g in u.conv.geometry()],
+        [u.bn.training for u in every],
+        [u.bn.eps for u in every],
+        fusion,
+    )
+
+
 # --- a block's training on rung b, prepared -------------------------------------------------------
 
 
@@ -519,14 +521,7 @@ def prepare_block(x: Tensor, units: list[Unit], shortcut: Unit | None) -> Progra
     shapes: list[tuple[int, ...]] = []
     check_block("residual_block", x, tuple(x.shape), units, shortcut, shapes)
     every = units if shortcut is None else [*units, shortcut]
-    stage = Stage(
-        [len(units)],
-        [shortcut is not None],
-        [g for u in every for g in u.conv.geometry()],
-        [True] * len(every),
-        [u.bn.eps for u in every],
-        "b",
-    )
+    stage = _stage([Block(units, shortcut)], every, "b")
     return Program(x, stage, shapes)
 
 
