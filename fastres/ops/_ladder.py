@@ -213,13 +213,6 @@ class Pending(NamedTuple):
     shortcut: Shortcut | None = None
 
 
-def fusion_of(fusion: str, x: Tensor, weight: Tensor, geometry: list[int]) -> str:
-    """The rung of a conv outside of a stage: b where the backend's kernels do not take it."""
-    if not parse(fusion).rung.conv or torch.compiler.is_compiling():
-        return fusion
-    return fusion if vendor_reason(backends.select(x), x, weight, geometry) is None else "b"
-
-
 def as_normalise(norm: Norm) -> Normalise:
     return Normalise(norm.mean, norm.rstd, norm.gamma, norm.beta)
 

@@ -25,7 +25,7 @@ from ._args import (
     raw_bn,
     raw_conv,
 )
-from ._ladder import check_fusion, fusion_of, weight_like
+from ._ladder import check_fusion, weight_like
 from ._library import define, refuse_double_backward
 from ._one_conv import (
     conv_alloc,
@@ -299,7 +299,7 @@ def _run(
     fusion: str | None,
 ) -> Tensor:
     shape = check_conv_bn(op, x, conv, bn)
-    fusion = fusion_of(check_fusion(op, fusion, x), x, conv.weight, conv.geometry())
+    fusion = check_fusion(op, fusion, x)
     if residual is not None:
         check_like(op, "residual", residual, x, shape)
     gamma, beta = bn.affine(shape[1], x)

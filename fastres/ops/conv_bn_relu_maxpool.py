@@ -13,7 +13,7 @@ from fastres import backends
 from fastres._contract import Gradient
 
 from ._args import BatchNorm, Conv, check_conv_bn, raw_bn, raw_conv
-from ._ladder import check_fusion, fusion_of, weight_like
+from ._ladder import check_fusion, weight_like
 from ._library import define, refuse_double_backward
 from ._one_conv import conv_alloc, conv_grads, conv_norm_fwd
 from ._units import alloc_stats, alloc_vectors, dense, vector
@@ -158,7 +158,7 @@ def conv_bn_relu_maxpool(
     the conv's output layout. Source: He et al. 2015, table 1."""
     shape = check_conv_bn(OP, x, conv, bn)
     check_window(OP, shape, kernel, stride, padding)
-    fusion = fusion_of(check_fusion(OP, fusion, x), x, conv.weight, conv.geometry())
+    fusion = check_fusion(OP, fusion, x)
     gamma, beta = bn.affine(shape[1], x)
     z, _, _, stats = torch.ops.fastres.conv_bn_relu_maxpool(
         x, conv.weight, conv.bias, conv.geometry(), gamma, beta, *bn.running(shape[1], x),
