@@ -43,6 +43,8 @@ def of(result: Result) -> list[Chart]:
     """Those that the result has data for."""
     if result.kind == "bench":
         return _bench(result)
+    if result.kind == "gpu":
+        return _gpu(result)
     rows = result.rows()
     networks = [row for row in rows if row["suite"] == "network"]
     kernels = [row for row in rows if row["suite"] == "kernel" and row["percent_of_roofline"]]
@@ -162,3 +164,92 @@ def _bench(result: Result) -> list[Chart]:
         _bars(axis, [f"{c['dtype']} {c['mode']}" for c in cases], series, "images per second")
 
     return [Chart("throughput", title, 1.2 + 0.17 * len(cases) * len(series), draw)]
+
+
+# --- the GPU run-book -----------------------------------------------------------------------------
+
+
+def _gpu(result: Result) -> list[Chart]:
+    """Of each stage of the file that has one."""
+    found = []
+    for stage, own in result.data["stages"].items():
+        dry = " (dry run: the times mean nothing)" if own["dry_run"] else ""
+        rows = own["rows"]
+        if stage == "kernels":
+            found += _gpu_kernels([r for r in rows if r.get("variants")], dry)
+        elif stage == "memory":
+            found += _gpu_memory([r for r in rows if r.get("saved")], dry)
+        elif any("img/s" in r for r in rows):
+            timed = [r for r in rows if "img/s" in r]
+            found += [_gpu_networks(stage, timed, dry), *_gpu_batches(stage, timed, dry)]
+    return found
+
+
+def _gpu_kernels(rows: list[dict[str, Any]], dry: str) -> list[Chart]:
+    """Percent of roofline of each of our kernels."""
+    names: dict[str, dict[str, float]] = {}
+    for row in rows:
+        for variant, label in (("ours", "triton"), ("fused", "triton"), ("cuda", "cuda")):
+            value = row["variants"].get(variant, {}).get("percent")
+            if value:
+                names.setdefault(row["case"], {})[label] = value
+    series: dict[str, list[float | None]] = {
+        label: [v.get(label) for v in names.values()]
+        for label in ("triton", "cuda")
+        if any(label in v for v in names.values())
+    }
+    if not series:
+        return []
+
+    def draw(axis: Any) -> None:
+        _bars(axis, list(names), series, "percent")
+        axis.axvline(100, color="#444444", linewidth=0.8)
+
+    height = 1.2 + 0.14 * len(names) * len(series)
+    return [Chart("roofline", f"Kernels in percent of roofline{dry}", height, draw)]
+
+
+def _gpu_networks(stage: str, rows: list[dict[str, Any]], dry: str) -> Chart:
+    configs = list(dict.fromkeys((r["model"], r["batch"]) for r in rows))
+    speeds = {(r["model"], r["batch"], r["variant"]): r["img/s"] for r in rows}
+    series: dict[str, list[float | None]] = {
+        name: [speeds.get((*config, name)) for config in configs]
+        for name in dict.fromkeys(r["variant"] for r in rows)
+    }
+
+    def draw(axis: Any) -> None:
+        _bars(axis, [f"{model} n{batch}" for model, batch in configs], series, "images per second")
+
+    height = 1.2 + 0.17 * len(configs) * len(series)
+    return Chart(f"{stage}-throughput", f"{stage}: images per second{dry}", height, draw)
+
+
+def _gpu_batches(stage: str, rows: list[dict[str, Any]], dry: str) -> list[Chart]:
+    mode = "inference" if stage == "inference" else "train"
+    lines: dict[str, list[tuple[int, float, str]]] = {}
+    for row in rows:
+        ratio = row.get("against", {}).get("eager bf16")
+        if ratio is not None and row["variant"].startswith(OURS):
+            points = lines.setdefault(f"{row['model']} {row['variant']}", [])
+            points.append((row["batch"], ratio["x"], mode))
+    several = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
+    if not several:
+        return []
+    chart = _batches(several)
+    title = f"{stage}: {chart.title.lower()}{dry}"
+    return [Chart(f"{stage}-batch", title, chart.height, chart.draw)]
+
+
+def _gpu_memory(rows: list[dict[str, Any]], dry: str) -> list[Chart]:
+    if not rows:
+        return []
+    names = [f"{r['model']} {r['variant']} n{r['batch']}" for r in rows]
+    series: dict[str, list[float | None]] = {"saved": [r["saved"] / 1e6 for r in rows]}
+    if any(r["peak"] for r in rows):
+        series["peak"] = [r["peak"] / 1e6 for r in rows]
+
+    def draw(axis: Any) -> None:
+        _bars(axis, names, series, "MB")
+
+    title = f"Training: bytes kept for the backward, peak{dry}"
+    return [Chart("memory", title, 1.2 + 0.2 * len(names) * len(series), draw)]

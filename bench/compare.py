@@ -61,8 +61,10 @@ def read(path: str) -> Result:
 def changes(old: Result, new: Result, threshold: float) -> list[Change]:
     """Every (case, baseline) that both runs have, in the old run's order."""
     if old.kind != new.kind:
-        what = {"bench": "`fastres bench`", "suites": "`pytest bench/`"}
+        what = {"bench": "`fastres bench`", "suites": "`pytest bench/`", "gpu": "the run-book"}
         raise Incomparable(f"OLD is of {what[old.kind]}, NEW of {what[new.kind]}")
+    if old.dry != new.dry:
+        raise Incomparable(f"{'OLD' if old.dry else 'NEW'} is a dry run, the other is not")
     before, after = ratios(old), ratios(new)
     found = []
     for (case, base), ratio in before.items():
@@ -80,7 +82,7 @@ def changes(old: Result, new: Result, threshold: float) -> list[Change]:
 def remarks(old: Result, new: Result) -> list[str]:
     """What makes the comparison weaker."""
     lines = []
-    for key in ("cpu", "gpu", "cores", "threads", "torch", "device"):
+    for key in ("cpu", "gpu", "cores", "threads", "torch", "device", "driver"):
         a, b = old.environment.get(key), new.environment.get(key)
         if a != b:
             lines.append(f"note: {key} differs: {a}, {b}")

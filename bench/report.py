@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastres.bench.environment import one_line
 
 from . import charts
+from .gpu import page as gpu_page
+from .markdown import number, percent, ratio, table
 from .results import OURS, Result, Unreadable, bench_cases, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,30 +37,6 @@ SUITES = (
 )
 
 
-def _ratio(r: dict[str, float] | None) -> str:
-    return "" if r is None else f"{r['median']:.2f} [{r['q1']:.2f}-{r['q3']:.2f}]"
-
-
-def _number(value: float | None, form: str = ",.1f") -> str:
-    return "" if value is None else format(value, form)
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}%"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A Markdown table without the columns that are empty in every row."""
-    rows = [list(row) for row in rows]
-    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells[i] for i in kept) + " |"
-
-    rule = "|" + "|".join("---" if i == 0 else "---:" for i in kept) + "|"
-    return [line(head), rule, *(line(row) for row in rows), ""]
-
-
 # --- fastres bench --------------------------------------------------------------------------------
 
 
@@ -78,10 +56,10 @@ def bench_section(result: Result) -> list[str]:
                 [
                     f"{case['dtype']} {case['mode']}",
                     name,
-                    _number(v["img_per_s"]),
-                    "" if v["name"] == "eager" else _ratio(v["vs_eager"]),
-                    _ratio(v["vs_best"]),
-                    _percent(v.get("percent_of_roofline")),
+                    number(v["img_per_s"]),
+                    "" if v["name"] == "eager" else ratio(v["vs_eager"]),
+                    ratio(v["vs_best"]),
+                    percent(v.get("percent_of_roofline")),
                     "" if saved is None else f"{saved / 1e6:,.0f} MB",
                     "" if v["max_error"] is None else f"{v['max_error']:.1e}",
                 ]
@@ -123,7 +101,7 @@ def suite_table(suite: str, rows: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
     body = []
     for row in rows:
-        ratio = {b["name"]: b["ratio"] for b in row["baselines"]}
+        ratios = {b["name"]: b["ratio"] for b in row["baselines"]}
         seconds, saved = row["seconds"], row["saved_bytes"]
         took = f"{seconds * 1e6:,.0f} us" if seconds < 1e-2 else f"{seconds * 1e3:,.1f} ms"
         batch = str(row["batch"])
@@ -137,13 +115,13 @@ def suite_table(suite: str, rows: list[dict[str, Any]]) -> list[str]:
                 row["dtype"],
                 batch,
                 "" if images else row["rung"] or "",
-                _number(row["img_per_s"]) if images else took,
-                "" if images else _number(row["gb_s"]),
-                _number(row["tflop_s"], ".3f"),
-                _percent(row["percent_of_roofline"]),
-                *(_ratio(ratio.get(name)) for name in names),
+                number(row["img_per_s"]) if images else took,
+                "" if images else number(row["gb_s"]),
+                number(row["tflop_s"], ".3f"),
+                percent(row["percent_of_roofline"]),
+                *(ratio(ratios.get(name)) for name in names),
                 "" if saved is None else f"{saved / 1e6:,.1f} MB",
-                _number(row["saved_ratio"], ".2f"),
+                number(row["saved_ratio"], ".2f"),
             ]
         )
     return table(head, body)
@@ -203,6 +181,9 @@ def render(results: Path) -> tuple[str, dict[str, charts.Chart]]:
             picture = f"{stem}-{chart.name}.png"
             drawn[picture] = chart
             lines += [f"![{chart.title}]({CHARTS}/{picture})", ""]
+        if result.kind == "gpu":  # each of its stages says where it comes from
+            lines += gpu_page.section(result.data, name)
+            continue
         lines += bench_section(result) if result.kind == "bench" else suites_section(result)
         lines += [
             f"`{result.command}`, [bench/results/{name}](../bench/results/{name})",

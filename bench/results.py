@@ -1,10 +1,10 @@
-"""Reads result files: those of `fastres bench`, and of `pytest bench/ --benchmark-json`.
-
-The run-book's files under bench/results/gpu have schemas of their own, not known here."""
+"""Reads result files: those of `fastres bench`, of `pytest bench/ --benchmark-json`, and of the GPU
+run-book (`python -m bench.gpu`)."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,14 @@ from typing import Any
 from fastres.bench.report import SCHEMA_VERSION as BENCH_VERSION
 from fastres.bench.stats import speed_ratios
 
+from .gpu.record import KIND as GPU_KIND
+from .gpu.record import SCHEMA as GPU_VERSION
+from .gpu.record import STATE_KIND
 from .session import KIND
 from .session import SCHEMA_VERSION as SUITES_VERSION
 
 OURS = "fastres"
+VENDORS = ("vendor", "passes")  # of the run-book's kernels
 
 
 class Unreadable(Exception):
@@ -24,18 +28,30 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """kind: "bench" (`fastres bench`) or "suites" (`pytest bench/`); data: the JSON as it is."""
+    """kind: "bench" (`fastres bench`), "suites" (`pytest bench/`) or "gpu" (the run-book); data:
+    the JSON as it is."""
 
     kind: str
     data: dict[str, Any]
 
+    def _own(self) -> dict[str, Any]:
+        """The part that says how it was made; of a run-book's file, its first stage's."""
+        if self.kind == "gpu":
+            return next(iter(self.data["stages"].values()))
+        return self.data if self.kind == "bench" else self.data["fastres"]
+
     @property
     def command(self) -> str:
-        return str((self.data if self.kind == "bench" else self.data["fastres"])["command"])
+        return str(self._own()["command"])
 
     @property
     def environment(self) -> dict[str, Any]:
-        return (self.data if self.kind == "bench" else self.data["fastres"])["environment"]
+        return self._own()["environment"]
+
+    @property
+    def dry(self) -> bool:
+        """Whether a stage of the run-book was a dry run, whose times mean nothing."""
+        return self.kind == "gpu" and any(s["dry_run"] for s in self.data["stages"].values())
 
     def rows(self) -> list[dict[str, Any]]:
         """The extra_info of each case of the suites, timed ones only."""
@@ -71,6 +87,11 @@ def load(path: Path) -> Result:
     if isinstance(own, dict) and own.get("kind") == KIND and "benchmarks" in data:
         _version(own.get("schema_version"), SUITES_VERSION, "the suites' results")
         return _whole(Result("suites", data))
+    if data.get("kind") == GPU_KIND:
+        _version(data.get("schema"), GPU_VERSION, "the run-book's results")
+        return _whole(Result("gpu", data))
+    if data.get("kind") == STATE_KIND:
+        raise Unreadable("is the list of a run-book's stages; their results are beside it")
     if "cases" in data and "verification" in data and "schema_version" in data:
         _version(data["schema_version"], BENCH_VERSION, "fastres bench's results")
         return _whole(Result("bench", data))
@@ -86,8 +107,8 @@ def load(path: Path) -> Result:
 def _whole(result: Result) -> Result:
     """The result, when its parts can be read too."""
     try:
-        _ = result.command, result.environment["cpu"], ratios(result)
-    except (KeyError, TypeError, AttributeError) as error:
+        _ = result.command, result.environment["cpu"], result.dry, ratios(result)
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise Unreadable(f"is incomplete: {type(error).__name__} at {error}") from error
     return result
 
@@ -104,6 +125,10 @@ def bench_cases(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def ratios(result: Result) -> dict[tuple[str, str], Ratio | None]:
     """(case, baseline) -> ratio within the run's rounds; None where fastres failed."""
     found: dict[tuple[str, str], Ratio | None] = {}
+    if result.kind == "gpu":
+        return {
+            key: ratio for stage in result.data["stages"].items() for key, ratio in _gpu(*stage)
+        }
     if result.kind == "suites":
         for row in result.rows():
             name = row["id"] if row["batch"] == row["asked_batch"] else f"{row['id']} (halved)"
@@ -122,3 +147,23 @@ def ratios(result: Result) -> dict[tuple[str, str], Ratio | None]:
             else:
                 found[name, base["name"]] = None
     return found
+
+
+def _gpu(stage: str, found: dict[str, Any]) -> Iterator[tuple[tuple[str, str], Ratio]]:
+    """The ratios of a run-book's stage: of our kernels and networks, and of the bytes they save."""
+    for row in found["rows"]:
+        if stage == "kernels":
+            for variant, entry in row.get("variants", {}).items():
+                for base, r in entry.get("against", {}).items():
+                    if variant not in VENDORS:
+                        yield (f"{row['case']} {variant}", base), _ratio(r)
+        elif row.get("variant", "").startswith(OURS):
+            name = f"{stage} {row['model']} batch {row['batch']} {row['variant']}"
+            for base, r in row.get("against", {}).items():
+                yield (name, base), _ratio(r)
+            if row.get("saved_x"):
+                yield (name, "eager's saved bytes"), Ratio(*[1 / row["saved_x"]] * 3)
+
+
+def _ratio(found: dict[str, float]) -> Ratio:
+    return Ratio(found["x"], found["x_q1"], found["x_q3"])

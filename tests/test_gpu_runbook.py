@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import checks, record
+from bench import report
+from bench.gpu import checks, numbers, record
 from bench.gpu import main as runbook
+from bench.gpu import page as gpu_page
 from bench.gpu.stages import NAMES, STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +94,32 @@ def test_networks_are_timed_eagerly_and_as_graphs(dry):
     assert all(r["img/s"] > 0 and "eager bf16" in r["against"] for r in rows)
     memory = json.loads((out / "inference.json").read_text())["stages"]["memory"]["rows"]
     assert memory[1]["variant"] == "fastres b" and memory[1]["saved"] < memory[0]["saved"]
+
+
+@pytest.mark.slow
+def test_the_report_renders_every_stage_and_says_that_it_was_a_dry_run(dry, tmp_path):
+    out, _ = dry
+    shutil.copytree(out, tmp_path / "results" / "gpu")
+    page = tmp_path / "page.md"
+    count, files = report.write(tmp_path / "results", page)
+    text = page.read_text()
+    assert count == len({s.group for s in STAGES})
+    headings = [line for line in text.splitlines() if line.startswith("### ")]
+    assert set(headings) == {f"### {gpu_page.TITLES[name]}" for name in NAMES}
+    assert text.count(gpu_page.DRY) == len(NAMES)
+    for stage in NAMES:
+        assert f"`python -m bench.gpu --stages {stage} --dry-run`" in text
+    for cell in (
+        "| `fprop` |",
+        "| **fastres b +graph** |",
+        "| **the network** |",
+        "| `layer1.0` |",
+    ):
+        assert cell in text
+    charts = {"kernels-roofline", "train-train-throughput", "inference-memory"}
+    assert {f"gpu-{chart}.png" for chart in charts} <= set(files)
+    omitted = text[text.index(report.OMITTED) :]
+    assert omitted.count(".json`") == 1 and "`state.json`: is the list of a run-book" in omitted
 
 
 @pytest.mark.parametrize("how, error", [("raise", "asked to fail"), ("crash", "SIGSEGV")])
@@ -235,7 +264,7 @@ def conv_row(op: str, c2: int, **us: float) -> dict:
 
 
 def test_the_sums_that_decide_about_the_hopper_convolutions():
-    from bench.gpu.kernels import conv_sums
+    from bench.gpu.numbers import conv_sums
 
     rows = [
         conv_row("fprop", 3, cuda=10.0, vendor=9.0, passes=20.0),
@@ -256,7 +285,7 @@ def test_the_sums_that_decide_about_the_hopper_convolutions():
 
 
 def test_the_streaming_kernels_share_of_copy_bandwidth():
-    from bench.gpu.kernels import stream_shares
+    from bench.gpu.numbers import stream_shares
 
     def row(op: str, **speeds: float) -> dict:
         return {"op": op, "variants": {v: {"GB/s": s} for v, s in speeds.items()}}
@@ -357,7 +386,9 @@ def test_what_cudnn_was_not_asked_is_not_unsupported(probing, monkeypatch):
     assert [r["supported"] for r in rec.rows[:8]] == [True, False, True, True] * 2
     assert [r["supported"] for r in rec.rows[8:]] == [True, False, True, None] + [None] * 4
     assert "not tried: 5 of 16, for lack of time" in rec.found["notes"]
-    lines = {(form, name): (all_, down) for form, name, all_, down, _ in probes.counts(rec.rows)}
+    lines = {
+        (form, name): (all_, down) for form, name, all_, down, _ in numbers.cudnn_counts(rec.rows)
+    }
     assert lines["conv", bf16] == ("2/2", "1/1") and lines["conv", fp16] == ("1/1", "0/0")
     assert lines["conv+genstats", fp16] == ("0/1", "0/0")
     assert lines["conv+scale-bias-relu", fp16] == ("0/0", "0/0")

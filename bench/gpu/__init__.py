@@ -10,4 +10,6 @@ checks.py    stages build, doctor, tests, sanitizer
 cases.py     kernels and the passes they replace, as cases; kernels.py: the stage
 nets.py      networks and their variants; stages train, inference, memory
 probes.py    stages cudnn, tune
+numbers.py   what the issues ask of a card, from the rows
+page.py      the files as sections of docs/benchmarks.md
 """

@@ -17,6 +17,14 @@ from bench.gpu import cases as lib
 from bench.gpu.cases import Case, Set
 from bench.gpu.device import Device, Shot, one_line, ratio, summary, table, take_turns
 from bench.gpu.networks import DRY_SIZE, SIZE, network
+from bench.gpu.numbers import (
+    CONV_WANTED,
+    RUNGS,
+    STREAM_PERCENT,
+    backward_sums,
+    conv_sums,
+    stream_shares,
+)
 from bench.gpu.pool import parallel_workers, run_jobs
 from bench.gpu.record import Record
 
@@ -30,8 +38,6 @@ JOB_SECONDS = 60.0
 RMS_LIMIT, MAX_LIMIT, BITS_LIMIT = 6e-3, 5e-2, 2e-3
 GEMM = 8192
 COPY_BYTES = 1 << 30
-CONV_OPS = ("fprop", "dgrad", "wgrad", "dgrad_wgrad", "backward")
-STREAM_PERCENT = 92  # of copy bandwidth, wanted of every streaming kernel
 
 
 @functools.cache
@@ -277,73 +283,20 @@ def show(record: Record) -> None:
 
 def show_backward(record: Record) -> None:
     """The layers' whole backward on each rung: the choice between fused and vendor."""
-    names = ("b", "c1", "c2", "d")
-    totals: dict[str, float | None] = dict.fromkeys(names, 0.0)
     lines = []
     for row in record.rows:
         if row["op"] != "backward" or "variants" not in row:
             continue
         us = {v: row["variants"][v]["us"] for v in row["variants"]}
-        for v in names:
-            taken = us.get(v, us.get("c2") if v == "d" else None)  # d runs as c2 but for 1x1
-            total = totals[v]
-            totals[v] = None if taken is None or total is None else total + taken * row["count"]
         best = min(us, key=lambda v: us[v]) if us else None
-        times = [us.get(v) for v in names]
+        times = [us.get(v) for v in RUNGS]
         lines.append((row["where"], row["epilogue"], row["count"], *times, best))
-    heads = ("layer", "epilogue", "n", *names, "best")
+    heads = ("layer", "epilogue", "n", *RUNGS, "best")
     table("backward of each layer, microseconds", heads, lines)
+    totals = backward_sums(record.rows)
     record.set(backward_us=totals)
     text = ", ".join(f"{v} {t:.0f} us" for v, t in totals.items() if t)
     print(f"  all layers of the network: {text or 'not complete'}", flush=True)
-
-
-def conv_sums(rows: list[dict]) -> dict[str, dict[str, Any]]:
-    """Pass by pass, and of all three, the network's convs in training on rung c2: microseconds of
-    the CUDA C++ kernels, of the vendor's bare convs, and of those with the passes that they need
-    (wgrad finds dy and h in memory: none); how many times as fast the first is as each. A conv
-    without all three times is in no sum, but among `left_out` (one that the kernels do not take, as
-    of images; one that was not timed)."""
-    names = ("cuda", "vendor", "passes")
-    sums: dict[str, dict[str, Any]] = {}
-    for which in ("fprop", "dgrad", "wgrad"):
-        entry: dict[str, Any] = {**dict.fromkeys(names, 0.0), "convs": 0, "left_out": []}
-        for row in (r for r in rows if r["op"] == which and r.get("c2")):
-            us = {v: e["us"] for v, e in row.get("variants", {}).items()}
-            if which == "wgrad" and "vendor" in us:
-                us["passes"] = us["vendor"]
-            if not us.keys() >= set(names):
-                entry["left_out"].append(row["case"])
-                continue
-            entry["convs"] += row["c2"]
-            for v in names:
-                entry[v] += us[v] * row["c2"]
-        sums[which] = entry
-    every = {v: sum(e[v] for e in sums.values()) for v in (*names, "convs")}
-    sums["all"] = {**every, "left_out": [c for e in sums.values() for c in e["left_out"]]}
-    for entry in sums.values():
-        for v in names[1:]:
-            entry[f"x {v}"] = entry[v] / entry["cuda"] if entry["cuda"] else None
-    return sums
-
-
-def stream_shares(rows: list[dict], bandwidth: float) -> dict[str, dict[str, Any]]:
-    """Of each streaming kernel, ours in Triton and in C++: percent of the measured copy bandwidth
-    over its shapes, and how many of them reach STREAM_PERCENT."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        for v, name in (("ours", "triton"), ("cuda", "cuda")):
-            entry = row.get("variants", {}).get(v, {})
-            if row["op"] not in CONV_OPS and "GB/s" in entry:
-                share = 100 * entry["GB/s"] * 1e9 / bandwidth
-                found.setdefault(f"{row['op']} ({name})", []).append(share)
-    return {
-        name: {
-            "shapes": len(shares), "min": min(shares), "median": statistics.median(shares),
-            "reach": sum(s >= STREAM_PERCENT for s in shares),
-        }
-        for name, shares in found.items()
-    }  # fmt: skip
 
 
 def show_numbers(record: Record) -> None:
@@ -354,7 +307,8 @@ def show_numbers(record: Record) -> None:
     keys = ("cuda", "vendor", "passes", "x vendor", "x passes", "convs")
     lines = [(name, *(e[k] for k in keys), len(e["left_out"])) for name, e in sums.items()]
     heads = ("pass", *keys, "left out")
-    table("CUDA C++ convs, microseconds; wanted: 0.95 x vendor, 1.2 x passes", heads, lines)
+    wanted = ", ".join(f"{x:g} x {name}" for name, x in CONV_WANTED.items())
+    table(f"CUDA C++ convs, microseconds; wanted: {wanted}", heads, lines)
     keys = ("shapes", "median", "min", "reach")
     lines = [(name, *(e[k] for k in keys)) for name, e in shares.items()]
     heads = ("kernel", "shapes", "median", "min", f">= {STREAM_PERCENT}%")

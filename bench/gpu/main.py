@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.child import ROOT
-from bench.gpu.record import SCHEMA, now, read_json, write_json
+from bench.gpu.record import SCHEMA, STATE_KIND, now, read_json, write_json
 from bench.gpu.stages import BY_NAME, DRY_LIMIT, NAMES, SOFT, STAGES, Stage
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -65,7 +65,7 @@ def open_state(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         state = {
-            "schema": SCHEMA, "kind": "fastres-gpu-state", "dry_run": options.dry_run,
+            "schema": SCHEMA, "kind": STATE_KIND, "dry_run": options.dry_run,
             "stages": before.get("stages", {}),
         }  # fmt: skip
         write_json(file, state)

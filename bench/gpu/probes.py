@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from bench.gpu.device import Device, one_line, ratio, summary, table, take_turns
 from bench.gpu.kernels import ROUNDS, SHOT_SECONDS
 from bench.gpu.networks import DRY_SIZE, SIZE, network
+from bench.gpu.numbers import cudnn_counts
 from bench.gpu.record import Record
 
 FORMS = ("conv", "conv+genstats", "scale-bias-relu-conv+genstats", "conv+scale-bias-relu")
@@ -115,7 +115,7 @@ def cudnn(device: Device, record: Record) -> None:
         for s in shapes:
             probe(device, record, module, handle, s, dtype)
             device.empty()
-    lines = counts(record.rows)
+    lines = cudnn_counts(record.rows)
     table("cudnn", ("form", "dtype", "shapes", "3x3 stride 2", "time / bare conv"), lines)
     untried = sum(r["supported"] is None for r in record.rows)
     record.set(not_tried=untried)
@@ -152,25 +152,6 @@ def probe(
         else:
             row |= {"supported": None if form in untried else False, "reason": reasons[form]}
         record.add(**row)
-
-
-def counts(rows: list[dict[str, Any]]) -> list[tuple]:
-    """The table's lines: how many of the shapes that were tried each form takes."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["form"], row["dtype"]), []).append(row)
-    lines = []
-    for (form, name), found in groups.items():
-        tried = [r for r in found if r["supported"] is not None]
-        good = [r for r in tried if r["supported"]]
-        down = [r for r in tried if r["shape"]["R"] == 3 and r["shape"]["stride"][0] == 2]
-        ratios = [r["against conv"]["x"] for r in good if "against conv" in r]
-        lines.append((
-            form, name, f"{len(good)}/{len(tried)}",
-            f"{sum(r['supported'] for r in down)}/{len(down)}",
-            1 / statistics.median(ratios) if ratios else None,
-        ))  # fmt: skip
-    return lines
 
 
 def tune(device: Device, record: Record) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 from bench.gpu.stages import BY_NAME
 
 SCHEMA = 1
+KIND, STATE_KIND = "fastres-gpu", "fastres-gpu-state"
 MAX_BYTES = 8 << 20  # of a file; the limit outside is 16 MB
 SAVE_EVERY = 2.0  # seconds
 SMI = (
-    "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
-    "temperature.gpu,memory.total"
+    "name,uuid,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
+    "temperature.gpu,memory.total,pci.bus_id"
 )
 
 
@@ -83,6 +84,9 @@ def environment(dry: bool) -> dict[str, Any]:
             "memory_bytes": prop.total_memory,
             "cudnn": torch.backends.cudnn.version(),
         }
+        card = smi() or {}  # which card and driver: two of a kind differ
+        found |= {"driver": card.get("driver_version"), "uuid": card.get("uuid")}
+        found["uuid"] = found["uuid"] or str(getattr(prop, "uuid", "")) or None
     return found
 
 
@@ -144,7 +148,7 @@ class Record:
         whole = read_json(self.file)
         whole = {
             "schema": SCHEMA,
-            "kind": "fastres-gpu",
+            "kind": KIND,
             "stages": {**whole.get("stages", {}), self.stage: self.found},
         }
         if len(json.dumps(self.found, default=str)) > MAX_BYTES:

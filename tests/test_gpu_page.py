@@ -1,0 +1,185 @@
+"""The run-book's files in docs/benchmarks.md and in the comparison of two runs. What a dry run
+wrote is rendered in test_gpu_runbook.py; here is what only a GPU's files hold."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import compare, report, results
+
+ENV = {
+    "date": "2026-12-01T10:00:00+00:00", "commit": "abcdef0123", "fastres": "0.1.0",
+    "python": "3.12.3", "cpu": "Xeon", "cores": 16, "torch": "2.11.0+cu130", "cuda": "13.0",
+    "device": "NVIDIA H200", "driver": "580.159.04", "uuid": "GPU-12", "triton": "3.6.0",
+    "cudnn": 91900,
+}  # fmt: skip
+CLOCK = {"clocks.sm": "1980", "clocks.mem": "3201", "power.draw": "500", "power.limit": "700"}
+
+
+def stage(rows: list, **values) -> dict:
+    return {
+        "status": "done", "dry_run": False, "command": "python -m bench.gpu --stages x",
+        "seconds": 7.0, "notes": [], "clocks": [CLOCK], "environment": ENV, "rows": rows, **values,
+    }  # fmt: skip
+
+
+def case(op: str, where: str, c2: int = 0, **variants) -> dict:
+    return {
+        "case": f"{op}/{where}", "op": op, "dy": "none", "h": "none", "epilogue": "none",
+        "where": where, "path": "layer1", "count": c2, "c2": c2, "failed": {},
+        "checks": {v: {"ok": True} for v in variants}, "variants": variants,
+    }  # fmt: skip
+
+
+def x(ratio: float) -> dict:
+    return {"x": ratio, "x_q1": ratio - 0.01, "x_q3": ratio + 0.01}
+
+
+def network(variant: str, speed: float, best: float, batch: int = 256) -> dict:
+    return {
+        "model": "resnet50", "batch": batch, "variant": variant, "status": "ok", "us": 1e9 / speed,
+        "img/s": speed, "percent": 50.0,
+        "against": {"eager bf16": x(best), "best baseline": {"name": "compile bf16", **x(best)},
+                    "best baseline or graph": {"name": "compile bf16 +graph", **x(best - 0.1)}},
+    }  # fmt: skip
+
+
+def files() -> dict[str, dict]:
+    machine = {"bandwidth": 4e12, "rate": 8e14}
+    wrong = case("bn_stats", "2x2", ours={"us": 1.0})
+    wrong |= {"variants": {}, "checks": {"ours": {"ok": False, "error": "wrong: y: rms error"}}}
+    kernels = [
+        case("fprop", "a", 3, cuda={"us": 10.0, "TFLOP/s": 600.0, "percent": 80.0,
+                                    "against": {"passes": x(2.0)}},
+             vendor={"us": 9.0}, passes={"us": 20.0}),
+        case("dgrad", "a", 3, cuda={"us": 10.0}, vendor={"us": 11.0}, passes={"us": 11.0}),
+        case("fprop", "images", 1, vendor={"us": 5.0}, passes={"us": 6.0}),
+        case("add_relu", "8x8", ours={"us": 2.0, "GB/s": 3800.0, "percent": 95.0},
+             cuda={"us": 2.1, "GB/s": 3600.0, "percent": 90.0}),
+        wrong,
+    ]  # fmt: skip
+    missing = {"model": "resnet50", "batch": 256, "variant": "fastres d", "status": "not measured",
+               "error": "wrong: outputs"}  # fmt: skip
+    train = [network("compile bf16", 2000.0, 1.0), network("fastres b", 2200.0, 1.1),
+             network("fastres c2", 2400.0, 1.2), missing,
+             network("fastres b", 900.0, 1.3, batch=32)]  # fmt: skip
+    memory = {"model": "resnet50", "batch": 256, "variant": "fastres b", "saved": 2.56e8,
+              "peak": 5.12e8, "saved_x": 0.5, "peak_x": 0.75}  # fmt: skip
+    shape = {"N": 256, "C": 64, "H": 56, "W": 56, "K": 64, "R": 3, "S": 3, "stride": [2, 2]}
+    probe = {"form": "conv+genstats", "dtype": "bfloat16", "shape": shape}
+    probes = [{**probe, "supported": True, "us": 33.0, "against conv": x(0.8)},
+              {**probe, "dtype": "float16", "supported": None, "reason": "no time"}]  # fmt: skip
+    tests = {"triton": {"test_conv.py": {"passed": 4, "failed": 1}}}
+    return {
+        "checks": {"tests": stage([{"test": "test_conv.py::t", "error": "E"}], by_backend=tests,
+                                  status="failed", error="1 failed, 4 passed"),
+                   "sanitizer": stage([{"tool": "memcheck", "errors": 0, "state": "exit code 0"}])},
+        "kernels": {"kernels": stage(kernels, machine=machine)},
+        "train": {"train": stage(train, machine=machine)},
+        "inference": {"memory": stage([memory])},
+        "probes": {"cudnn": stage(probes), "tune": stage([], status="timeout", error="stopped")},
+    }  # fmt: skip
+
+
+def write(folder: Path, which: dict[str, dict]) -> Path:
+    folder.mkdir(parents=True)
+    for name, stages in which.items():
+        whole = {"schema": 1, "kind": "fastres-gpu", "stages": stages}
+        (folder / f"{name}.json").write_text(json.dumps(whole))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> tuple[str, list[str]]:
+    folder = tmp_path_factory.mktemp("page")
+    write(folder / "results" / "gpu-h200", files())
+    count, written = report.write(folder / "results", folder / "page.md")
+    assert count == 5
+    return (folder / "page.md").read_text(), written
+
+
+def lines(text: str, start: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+def test_what_the_issues_ask_stands_beside_what_was_measured(page):
+    text, _ = page
+    assert "x cuDNN (wanted 0.95) | x cuDNN + passes (wanted 1.2)" in text
+    assert lines(text, "| fprop |") == [
+        "| fprop | 30 | 27 | 60 | 0.9, NOT reached | 2, reached | 3 | 1 |"
+    ]
+    assert lines(text, "| dgrad |") == [
+        "| dgrad | 30 | 33 | 33 | 1.1, reached | 1.1, NOT reached | 3 | 0 |"
+    ]
+    assert lines(text, "| wgrad |")[0].split(" | ")[4:6] == ["not measured", "not measured"]
+    assert "| add_relu (triton) | 1 | 95% | 95% | 1 of 1 | 95, reached |" in text
+    assert "| add_relu (cuda) | 1 | 90% | 90% | 0 of 1 | 90, NOT reached |" in text
+    assert "| `bn_stats/2x2` | ours | wrong: y: rms error |" in text
+
+
+def test_networks_memory_probes_and_tests_are_in_the_page(page):
+    text, _ = page
+    assert lines(text, "| resnet50 | 256 |")[0] == (
+        "| resnet50 | 256 | 1.10 [1.09-1.11] | fastres c2 | 1.20 [1.19-1.21] | 1.10 [1.09-1.11] |"
+    )
+    assert "- fastres d, not measured: wrong: outputs" in text
+    assert "| resnet50 | **fastres b** | 256 | 1.00 | 0.50 | 2.00 | 0.75 |" in text
+    assert "| conv+genstats | bfloat16 | 1/1 | 1/1 | 1.25 |" in text
+    assert "| 256x64x56x56>64 3x3 s2 | float16 | not tried |" in text
+    assert "**failed**: 1 failed, 4 passed" in text and "**timeout**: stopped" in text
+    assert "| `test_conv.py` | triton | 4 | 1 | 0 |" in text
+    assert "| `test_conv.py::t` | E |" in text
+    assert "Dry run" not in text
+
+
+def test_every_stage_names_its_command_card_versions_and_commit(page):
+    text, _ = page
+    whole = (
+        "NVIDIA H200, uuid GPU-12, driver 580.159.04; Xeon, 16 cores; fastres 0.1.0 (abcdef0123)"
+    )
+    stages = sum(len(s) for s in files().values())
+    assert text.count("`python -m bench.gpu --stages x`, [bench/results/gpu-h200/") == stages
+    assert text.count(whole) == stages and text.count("triton 3.6.0") == stages
+
+
+def test_charts_are_drawn_where_there_are_data(page):
+    _, written = page
+    names = ("kernels-roofline", "train-train-throughput", "train-train-batch", "inference-memory")
+    assert sorted(written[1:]) == sorted(f"gpu-h200-{name}.png" for name in names)
+
+
+def test_two_runs_are_compared_by_their_ratios(tmp_path, capsys):
+    old = write(tmp_path / "old", files())
+    changed = files()
+    row = changed["train"]["train"]["rows"][1]
+    row["against"]["best baseline"] = x(0.9)
+    changed["kernels"]["kernels"]["rows"][0]["variants"]["cuda"]["against"]["passes"] = x(2.5)
+    new = write(tmp_path / "new", changed)
+    assert compare.main([str(old / "train.json"), str(new / "train.json"), "--changed"]) == 1
+    said = capsys.readouterr().out
+    assert "train resnet50 batch 256 fastres b  best baseline  1.100" in said
+    assert "-18.2%  worse" in said and "1 worse" in said
+    assert compare.main([str(old / "kernels.json"), str(new / "kernels.json")]) == 0
+    assert "fprop/a cuda  passes" in capsys.readouterr().out
+    assert compare.main([str(old / "inference.json"), str(new / "inference.json")]) == 0
+    assert "eager's saved bytes  2.000" in capsys.readouterr().out
+
+
+def test_a_dry_run_and_another_version_are_refused_by_name(tmp_path, capsys):
+    real = write(tmp_path / "real", files())
+    dry = copy.deepcopy(files())
+    dry["train"]["train"]["dry_run"] = True
+    made = write(tmp_path / "dry", dry)
+    assert compare.main([str(real / "train.json"), str(made / "train.json")]) == 2
+    assert "NEW is a dry run, the other is not" in capsys.readouterr().err
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"schema": 9, "kind": "fastres-gpu", "stages": {}}))
+    with pytest.raises(results.Unreadable, match="is version 9 of the run-book's results; this"):
+        results.load(other)
+    other.write_text(json.dumps({"schema": 1, "kind": "fastres-gpu", "stages": {}}))
+    with pytest.raises(results.Unreadable, match="is incomplete"):
+        results.load(other)
