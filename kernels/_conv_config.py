@@ -14,6 +14,7 @@ import triton
 
 from fastres._tf32 import conv_tf32
 
+from ._conv import wide
 from ._launch import INTERPRETED
 
 
@@ -180,6 +181,11 @@ def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
     spilling = {"sm_80": size == 4 and not plain, "sm_90": plain and not geo.pointwise}
     if stats and not shortcut and spilling.get(arch.name):
         arch = replace(arch, maxnreg=168)  # three programs of 4 warps: ptxas spills for a fourth
+    elif stats and arch.name == "sm_80" and geo.pointwise:
+        if shortcut and size == 4 and not plain:
+            arch = replace(arch, maxnreg=192)  # two, not three
+        elif not shortcut and x.dtype == torch.float16:
+            arch = replace(arch, maxnreg=144)  # three, not four; bf16 has room for four
     columns, summed = geo.group_k, geo.group_c
     found = _gemm(arch, geo, geo.rows, columns, summed, size, 1 + shortcut, 0, stats)
     if arch.name == "sm_100" and shortcut and not plain:
@@ -201,6 +207,11 @@ def dgrad_config(geo, x, mode: str, epilogue: int) -> ConvConfig:
     found = _gemm(arch, geo, geo.rows, geo.group_c, geo.group_k, size, prologue, epilogue, False)
     if _odd(arch, geo, size):
         return _narrow(found)
+    spatial = not geo.pointwise and prologue > 1
+    if arch.name == "sm_100" and spatial and epilogue > 1 and _plain_fma(arch, size):
+        found = replace(found, num_stages=3)  # 16 bytes of stack at 2 or 4, of ptxas's making
+    if arch.name == "sm_80" and spatial and epilogue and wide(x):
+        found = replace(found, block_m=min(found.block_m, 64))  # 64-bit offsets take two registers
     return _more_warps(found) if arch.name in ("sm_90", "sm_100") else found
 
 
@@ -218,7 +229,9 @@ def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     block_m = _fit(geo.rows, 64 if size < 4 and not both else 32)
     warps = arch.num_warps if block_k * block_n >= 8192 else 4
     stages = max(arch.stages - (mode == "bn"), 2) if arch.stages > 1 else 1
-    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, arch.maxnreg)
+    # two programs of 4 warps: ptxas spills for a third
+    maxnreg = 192 if both and _odd(arch, geo, size) else arch.maxnreg
+    return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, maxnreg)
 
 
 def few_fprop_config(geo, x) -> ConvConfig:
@@ -234,6 +247,8 @@ def few_fprop_config(geo, x) -> ConvConfig:
     warps = arch.num_warps if block_n >= 32 else 4
     two = warps == 8 and x.element_size() < 4  # programs an SM
     maxnreg = 128 if two else arch.maxnreg
+    if arch.name == "sm_80" and x.element_size() == 4 and not plain:
+        maxnreg = 192  # ptxas takes 168 either way, but spills when it chooses that limit itself
     return ConvConfig(block_m, block_n, block_k, warps, 1, arch.programs, maxnreg)
 
 
@@ -279,6 +294,8 @@ def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvC
     # the elementwise work on g, y (64 x K) and the sums need registers, whatever dw takes
     warps = arch.num_warps if block_k * block_n >= arch.dw_elements or epilogue > 1 else 4
     stages = 2 if arch.stages > 1 else 1
+    if arch.name == "sm_80" and epilogue > 2 and geo.k > 128:
+        stages = 1  # 16 bytes of stack else; a step is 64 KB, whose transfer outlasts its latency
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs)
 
 

@@ -360,16 +360,14 @@ def _stage(x, blocks, rung: str, training: bool, save: bool, dtype) -> Tensor:
 
 def wide(target: str) -> list[Launch]:
     """The convolutions of tensors past 2^31 elements, in bf16 and every form of training."""
-    launches = one_tile(ladder(target, "bf16", FEW_STEPS[:2], ("resnet50",)))
-    launches = [x for x in launches if "WIDE" in x.constants] + [
-        x for x in stem(target, "bf16") if "7x7" in x.case
-    ]
-    out = []
+    launches = one_tile(ladder(target, "bf16", FEW_STEPS[:2], ("resnet50",), batch=2**17))
+    launches = [x for x in launches if "WIDE" in x.constants]
     for launch in launches:
-        assert not launch.constants["WIDE"], launch.case
-        constants = {**launch.constants, "WIDE": True}
-        out.append(replace(launch, case=launch.case + " 64-bit rows", constants=constants))
-    return out
+        assert launch.constants["WIDE"], launch.case
+    for launch in stem(target, "bf16"):
+        if "7x7" in launch.case:
+            launches.append(replace(launch, constants={**launch.constants, "WIDE": True}))
+    return [replace(x, case=x.case + " 64-bit rows") for x in launches]
 
 
 def own(target: str) -> list[Launch]:
