@@ -86,7 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="measure which kernels are fastest for a model on this machine, and remember them",
         description="Measures, for every distinct block of MODEL, the original forward and each "
         "rung of fusion that runs here, after checking its numbers; saves the choices for later "
-        "runs of fastres on this machine (FASTRES_CACHE). Ctrl-C keeps what was measured. "
+        "runs of fastres on this machine (FASTRES_CACHE). Ctrl-C and SIGTERM keep what was "
+        "measured. "
         "Exit code: 0 done, 1 failed, 2 bad input.",
     )
     _add_tune_arguments(tune)
@@ -179,6 +180,24 @@ def _add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also choose each pass of each conv inside the fastest rung with fused convs",
     )
+    parser.add_argument(
+        "--limit",
+        type=positive("s"),
+        metavar="S",
+        help="begin nothing new after S seconds, checks and compilation included (default: none)",
+    )
+    parser.add_argument(
+        "--candidate-seconds",
+        type=positive("s"),
+        default=300.0,
+        metavar="S",
+        help="for the check of one candidate, on CUDA, before it is rejected (default 300)",
+    )
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="only blocks not measured on this machine yet: goes on after --limit or Ctrl-C",
+    )
 
 
 def _device(args: argparse.Namespace) -> torch.device:
@@ -218,10 +237,25 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     fastres.convert(model)
     x, context = _sample(args, device)
     modes = tuning.MODES if args.mode == "both" else (args.mode,)
-    with context, Progress(0) as progress:
-        found = fastres.tune(
-            model, x, modes=modes, seconds=args.seconds, progress=progress, per_conv=args.per_conv
-        )
+    done: list[str] = []
+    # As an exception, SIGTERM ends the process in which a candidate is checked.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+    try:
+        with context, Progress(0) as progress:
+            found = fastres.tune(
+                model, x, modes=modes, seconds=args.seconds, progress=progress,
+                per_conv=args.per_conv, limit=args.limit,
+                candidate_seconds=args.candidate_seconds, missing=args.missing,
+                each=lambda path, key, entry: done.append(path),
+            )  # fmt: skip
+    except (KeyboardInterrupt, SystemExit):
+        kept = f"{len(done)} blocks are saved in {file}" if done else "nothing was measured yet"
+        print(f"fastres: {kept}; --missing goes on with the others", file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if args.missing and not found.entries and not found.left:
+        print("nothing is missing: every block was measured before")
     print(found)
     unsaved = plan.current(device).unsaved
     if unsaved is not None:

@@ -111,6 +111,8 @@ def tune(
     progress: Progress | None = None,
     per_conv: bool = False,
     limit: float | None = None,
+    candidate_seconds: float = CHILD_SECONDS,
+    missing: bool = False,
     each: Callable[[str, Key, Entry], None] | None = None,
 ) -> Tuning:
     """Measure the candidates for each distinct block of a converted model on `sample`, save the
@@ -124,9 +126,11 @@ def tune(
     conv, and take what was faster (choices as "c2 vendor conv2.wgrad"); some ten candidates more
     for each block. limit: seconds after which nothing new is begun, checks and compilation
     included; the blocks not done by then are left as they are and listed in the result's `left`.
-    each: called with (path, key, entry) as soon as a block is done. The model is not changed. What
-    was measured before an interruption is kept. In a distributed job all ranks call it; rank 0
-    measures.
+    candidate_seconds: how long the check of one candidate in a process of its own may take before
+    it is rejected. missing: only the blocks that have no measurement on this machine yet, as after
+    an interruption. each: called with (path, key, entry) as soon as a block is done. The model is
+    not changed. What was measured before an interruption is kept. In a distributed job all ranks
+    call it; rank 0 measures.
 
     A candidate's process starts fresh: the calling script is not run again, and needs no
     `if __name__ == "__main__"`. A block with a class of the script itself is checked in this
@@ -137,10 +141,10 @@ def tune(
     unknown = [m for m in modes if m not in MODES]
     if unknown or not modes:
         raise ValueError(f"tune: modes must be some of {MODES}, got {modes!r}")
-    if not seconds > 0:
-        raise ValueError(f"tune: seconds must be positive, got {seconds}")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"tune: limit must be positive, got {limit}")
+    times = {"seconds": seconds, "limit": limit, "candidate_seconds": candidate_seconds}
+    for name, value in times.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"tune: {name} must be positive, got {value}")
     if not any(isinstance(m, FusedMixin) for m in model.modules()):
         raise ValueError(
             "tune: the model has no converted block; call fastres.convert(model) first"
@@ -162,6 +166,8 @@ def tune(
     )
     if leads:
         targets = [t for mode in modes for t in distinct(model, sample, mode == "training")]
+        if missing:
+            targets = [t for t in targets if current.lookup(t.key) is None]
         share = seconds / max(len(targets), 1)
         isolate = device.type == "cuda" if isolate is None else isolate
         for i, target in enumerate(targets):
@@ -170,7 +176,9 @@ def tune(
             fair = max(deadline - time.monotonic(), 0) / (len(targets) - i)
             try:
                 _in_time(deadline)
-                entry = measure(target, min(share, fair), isolate, per_conv, deadline)
+                entry = measure(
+                    target, min(share, fair), isolate, per_conv, deadline, candidate_seconds
+                )
             except TimeLimit:
                 left = tuple(f"{t.path} {t.key.mode}" for t in targets[i:])
                 break
@@ -319,7 +327,9 @@ def run_child(
     return dict(json.loads(line) for line in lines), ending
 
 
-def _isolated(target: Target, names: list[str], deadline: float) -> dict[str, str | None]:
+def _isolated(
+    target: Target, names: list[str], deadline: float, seconds: float
+) -> dict[str, str | None]:
     """rejections in a process of their own, a new one after each that crashed. Nothing where the
     block cannot get there."""
     found: dict[str, str | None] = {}
@@ -330,7 +340,7 @@ def _isolated(target: Target, names: list[str], deadline: float) -> dict[str, st
         except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as e:
             found[NOT_LOADED] = explain(e)
         while NOT_LOADED not in found and (left := [n for n in names if n not in found]):
-            answers, ending = run_child(folder, left, CHILD_SECONDS, deadline)
+            answers, ending = run_child(folder, left, seconds, deadline)
             found |= answers
             if ending is not None or not answers:
                 first = next((n for n in left if n not in found), left[-1])
@@ -345,13 +355,18 @@ def _isolated(target: Target, names: list[str], deadline: float) -> dict[str, st
 
 
 def rejections(
-    target: Target, names: list[str], isolate: bool, deadline: float = math.inf
+    target: Target,
+    names: list[str],
+    isolate: bool,
+    deadline: float = math.inf,
+    seconds: float = CHILD_SECONDS,
 ) -> dict[str, str | None]:
-    """For each candidate why it is not timed; None when it may be."""
+    """For each candidate why it is not timed; None when it may be. seconds: of one candidate in a
+    process of its own."""
     found: dict[str, str | None] = {EAGER: None}
     left = [n for n in names if n != EAGER]
     if isolate and left:
-        found |= _isolated(target, left, deadline)
+        found |= _isolated(target, left, deadline, seconds)
     for name in left:
         if name not in found:
             _in_time(deadline)
@@ -420,10 +435,12 @@ def _prepare(
     isolate: bool,
     steps: dict[str, Callable[[], None]],
     deadline: float,
+    candidate_seconds: float,
 ) -> dict[str, str]:
     """Check candidates and make their steps; why not, where one is wrong or cannot run."""
     rejected = {}
-    for name, reason in rejections(target, names, isolate, deadline).items():
+    found = rejections(target, names, isolate, deadline, candidate_seconds)
+    for name, reason in found.items():
         if reason is None:
             _in_time(deadline)
             try:
@@ -457,21 +474,23 @@ def measure(
     isolate: bool,
     per_conv: bool = False,
     deadline: float = math.inf,
+    candidate_seconds: float = CHILD_SECONDS,
 ) -> Entry:
     """Check every candidate, time those that are right, choose. Raises TimeLimit rather than begin
     anything after `deadline`, on time.monotonic's clock."""
     steps: dict[str, Callable[[], None]] = {}
     device = target.x.device
-    rejected = _prepare(target, candidates(target), isolate, steps, deadline)
+    limits = deadline, candidate_seconds
+    rejected = _prepare(target, candidates(target), isolate, steps, *limits)
     if EAGER not in steps:
         raise RuntimeError(f"tune: the original {target.path} itself cannot run: {rejected[EAGER]}")
     times = _race(steps, seconds, device)
     fused = [name for name in times if name != EAGER and parse(name).rung.conv]
     if per_conv and fused:
         base = min(fused, key=lambda name: statistics.median(times[name]))
-        mixed = refine(target, base, steps[base], seconds, isolate, rejected, deadline)
+        mixed = refine(target, base, steps[base], seconds, isolate, rejected, *limits)
         if mixed != base:
-            wrong = _prepare(target, [mixed], isolate, steps, deadline)
+            wrong = _prepare(target, [mixed], isolate, steps, *limits)
             rejected |= wrong
             if not wrong:
                 times = _race(steps, seconds, device)
@@ -496,12 +515,13 @@ def refine(
     isolate: bool,
     rejected: dict[str, str],
     deadline: float = math.inf,
+    candidate_seconds: float = CHILD_SECONDS,
 ) -> str:
     """`base` with those passes left to the vendor that make it faster, each alone, by more than the
     noise. What they make together is for the caller to measure."""
     steps = {base: step}
     names = [with_vendor(base, [name]) for name in passes_of(target)]
-    rejected |= _prepare(target, names, isolate, steps, deadline)
+    rejected |= _prepare(target, names, isolate, steps, deadline, candidate_seconds)
     times = _race(steps, seconds, target.x.device)
     better = [name for name in times if name != base and _faster(times[base], times[name])]
     return with_vendor(base, [name.split()[-1] for name in better])

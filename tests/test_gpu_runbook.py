@@ -407,7 +407,7 @@ def test_an_interrupted_tune_keeps_its_blocks(probing, tmp_path, monkeypatch):
     monkeypatch.setattr(probes, "network", lambda name, dry: net)
     limits = []
 
-    def measure(target, seconds, isolate, per_conv, deadline):
+    def measure(target, seconds, isolate, per_conv, deadline, candidate_seconds):
         limits.append(deadline - time.monotonic())
         if len(limits) == 3:
             raise KeyboardInterrupt

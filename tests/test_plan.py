@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -313,9 +314,8 @@ def block(path="layer2.0", training=True) -> tuning.Target:
 
 def test_a_crash_or_a_hang_is_an_answer(monkeypatch):
     monkeypatch.setattr(tuning, "CHILD", ("-S", "-c", CRASHES))
-    monkeypatch.setattr(tuning, "CHILD_SECONDS", 2.0)
     names = [EAGER, "c2", "b", "c1", "d", "c2 vendor conv1.wgrad"]
-    assert tuning.rejections(block(), names, True) == {
+    assert tuning.rejections(block(), names, True, seconds=2.0) == {
         EAGER: None, "c2": None, "b": "crashed (SIGABRT)", "c1": "no answer in 2 s",
         "d": "crashed (exit code 3): last words", "c2 vendor conv1.wgrad": None,
     }  # fmt: skip
@@ -469,6 +469,11 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, cache):
         fastres.tune(network(), sample(), seconds=0.1)
     (file,) = cache.glob("plan-*.json")
     assert len(json.loads(file.read_text())["entries"]) == 2
+    asked = []
+    monkeypatch.setattr(tuning, "measure", lambda target, *args: asked.append(target) or entry())
+    found = fastres.tune(network(), sample(), seconds=0.1, missing=True)
+    assert len(asked) == len(found.entries) == 8  # of 10
+    assert not fastres.tune(network(), sample(), missing=True).entries
 
 
 def test_a_limit_leaves_the_rest_and_each_block_is_told(cache, monkeypatch):
@@ -506,11 +511,48 @@ def test_a_spent_limit_measures_nothing(cache):
         (lambda: fastres.tune(network(), sample(), modes=("eval",)), ValueError, "modes must be"),
         (lambda: fastres.tune(network(), sample(), seconds=0), ValueError, "seconds must be"),
         (lambda: fastres.tune(network(), sample(), limit=0), ValueError, "limit must be"),
+        (
+            lambda: fastres.tune(network(), sample(), candidate_seconds=-1),
+            ValueError,
+            "candidate_seconds must be positive, got -1",
+        ),
     ],
 )
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+TUNE = ("tune", "resnet18", "--batch", "1", "--size", "32", "--mode", "inference")
+
+
+def test_the_command_passes_its_limits_on_and_keeps_what_sigterm_leaves(cache, monkeypatch, capsys):
+    from fastres import cli
+
+    calls = []
+
+    def measure(target, seconds, isolate, per_conv, deadline, candidate_seconds):
+        calls.append((deadline - time.monotonic(), candidate_seconds))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return entry()
+
+    monkeypatch.setattr(tuning, "measure", measure)
+    with pytest.raises(SystemExit) as end:
+        cli.main([*TUNE, "--limit", "500", "--candidate-seconds", "7"])
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert all(400 < left < 500 and child == 7 for left, child in calls)
+    (file,) = cache.glob("plan-*.json")
+    assert len(json.loads(file.read_text())["entries"]) == 2
+    said = capsys.readouterr().err
+    assert f"2 blocks are saved in {file}; --missing goes on with the others" in said
+    assert cli.main([*TUNE, "--missing"]) == 0 and len(calls) > 3
+    count = len(calls)
+    assert cli.main([*TUNE, "--missing"]) == 0 and len(calls) == count
+    assert "nothing is missing" in capsys.readouterr().out
+    for option in ("--limit", "--candidate-seconds"):
+        assert cli.main([*TUNE, option, "0"]) == 2
+        assert f"argument {option}: '0' is not a positive number of s" in capsys.readouterr().err
 
 
 def test_what_cuda_kernels_take_is_not_filed_for_tritons(cache, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,11 @@ def check_model_name(name: str) -> str:
     """`name` when torchvision has such a ResNet; UsageError with the nearest names when not."""
     if name in MODELS:
         return name
+    if Path(name).suffix or os.sep in name:
+        raise UsageError(
+            f"'{name}' looks like a file; accepted are names: {', '.join(MODELS)}. For a model of "
+            "your own call fastres.tune(model, sample) or fastres.verify from Python"
+        )
     near = difflib.get_close_matches(name.lower().replace("-", "_"), MODELS, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise UsageError(f"unknown model '{name}'{hint} Accepted: {', '.join(MODELS)}")
