@@ -210,27 +210,27 @@ def _gpu_kernels(rows: list[dict[str, Any]], dry: str) -> list[Chart]:
 
 
 def _gpu_networks(stage: str, rows: list[dict[str, Any]], dry: str) -> Chart:
-    configs = list(dict.fromkeys((r["model"], r["batch"]) for r in rows))
-    speeds = {(r["model"], r["batch"], r["variant"]): r["img/s"] for r in rows}
+    configs = list(dict.fromkeys((r["model"], r["mode"], r["batch"]) for r in rows))
+    speeds = {(r["model"], r["mode"], r["batch"], r["variant"]): r["img/s"] for r in rows}
     series: dict[str, list[float | None]] = {
         name: [speeds.get((*config, name)) for config in configs]
         for name in dict.fromkeys(r["variant"] for r in rows)
     }
 
     def draw(axis: Any) -> None:
-        _bars(axis, [f"{model} n{batch}" for model, batch in configs], series, "images per second")
+        names = [f"{model} {mode} n{batch}" for model, mode, batch in configs]
+        _bars(axis, names, series, "images per second")
 
     height = 1.2 + 0.17 * len(configs) * len(series)
     return Chart(f"{stage}-throughput", f"{stage}: images per second{dry}", height, draw)
 
 
 def _gpu_batches(stage: str, rows: list[dict[str, Any]], dry: str) -> list[Chart]:
-    mode = "inference" if stage == "inference" else "train"
     lines: dict[str, list[tuple[int, float, str]]] = {}
     for row in rows:
-        ratio = row.get("against", {}).get("eager bf16")
+        ratio, mode = row.get("against", {}).get("eager bf16"), row["mode"]
         if ratio is not None and row["variant"].startswith(OURS):
-            points = lines.setdefault(f"{row['model']} {row['variant']}", [])
+            points = lines.setdefault(f"{row['model']} {mode} {row['variant']}", [])
             points.append((row["batch"], ratio["x"], mode))
     several = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
     if not several:

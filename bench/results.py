@@ -158,7 +158,8 @@ def _gpu(stage: str, found: dict[str, Any]) -> Iterator[tuple[tuple[str, str], R
                     if variant not in VENDORS:
                         yield (f"{row['case']} {variant}", base), _ratio(r)
         elif row.get("variant", "").startswith(OURS):
-            name = f"{stage} {row['model']} batch {row['batch']} {row['variant']}"
+            mode = f" {row['mode']}" if row.get("mode", stage) != stage else ""
+            name = f"{stage}{mode} {row['model']} batch {row['batch']} {row['variant']}"
             for base, r in row.get("against", {}).items():
                 yield (name, base), _ratio(r)
             if row.get("saved_x"):

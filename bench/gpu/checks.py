@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -13,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from bench.gpu.child import ROOT
 from bench.gpu.device import Device, table
@@ -73,6 +76,8 @@ SANITIZED = {
         "test_wgrad[cuda-bf16-tiles-bn-True-True]",
     ),
 }
+MODULE, BUILD_INFO = "module", "_build_info.txt"  # of the native module, beside the results
+MODULE_BYTES = 16 << 20
 TOOLS = (
     ("memcheck", r"ERROR SUMMARY: (\d+) error"),
     ("racecheck", r"RACECHECK SUMMARY: (\d+) hazard"),
@@ -80,16 +85,31 @@ TOOLS = (
 
 
 def build(device: Device, record: Record) -> None:
-    """`pip install -e .` where fastres and its kernels cannot be imported."""
+    """`pip install -e .` where fastres and its kernels cannot be imported, or not those of these
+    sources. What it built goes to module/ beside the results, and is taken from there by a later
+    run on a bare machine."""
+    before, sources = record.before.get("module", {}), _digest(*_sources())
+    folder = record.file.parent / MODULE
     probe = [sys.executable, "-c", "import fastres._C, fastres.kernels"]
-    before = subprocess.run(probe, cwd=tempfile.gettempdir(), capture_output=True, text=True)
-    if before.returncode == 0 or device.dry:
-        state = "is installed" if before.returncode == 0 else "is not installed (dry run)"
-        record.set(installed=before.returncode == 0, ran=None)
+    done = subprocess.run(probe, cwd=tempfile.gettempdir(), capture_output=True, text=True)
+    installed = done.returncode == 0 and before.get("sources", sources) == sources
+    if device.dry:
+        state = "is installed" if installed else "is not installed (dry run)"
+        record.set(installed=installed, ran=None)
         table("build", ("what", "state"), [("fastres", state)])
+        return
+    if not installed and before.get("sources") == sources and (names := carried(folder, before)):
+        for name, target in names.items():
+            shutil.copy2(folder / name, target)
+        record.set(installed=True, ran=None, module=before)
+        table("build", ("what", "state"), [("fastres", f"taken from {folder}")])
         return
     argv = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps",
             "--disable-pip-version-check", "-e", str(ROOT)]  # fmt: skip
+    if installed:
+        record.set(installed=True, ran=None, module=before or {"sources": sources})
+        table("build", ("what", "state"), [("fastres", "is installed")])
+        return
     done = subprocess.run(argv, capture_output=True, text=True, timeout=record.time_left())
     log = (done.stdout + done.stderr)[-4000:]
     after = subprocess.run(probe, cwd=tempfile.gettempdir(), capture_output=True, text=True)
@@ -99,7 +119,47 @@ def build(device: Device, record: Record) -> None:
         reason = (after.stderr.strip().splitlines() or ["unknown"])[-1]
         # the stages after this one need no C++ module, and find kernels/ in the checkout
         raise RuntimeError(f"the installation failed; going on from the checkout: {reason}")
+    record.set(module={"sources": sources, **keep_module(folder)})
     table("build", ("what", "state"), [("fastres", "installed")])
+
+
+def _sources() -> list[Path]:
+    """What the native module is built from."""
+    files = [ROOT / "CMakeLists.txt", ROOT / "setup.py"]
+    return [*files, *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+
+
+def _digest(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def keep_module(folder: Path) -> dict[str, Any]:
+    """Copies the native module and what it was built with to `folder`: {"files": digests}. A module
+    larger than what may come back from a machine stays, and is built again."""
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    module, info = ROOT / "fastres" / f"_C{suffix}", ROOT / "fastres" / "_build_info.json"
+    if not module.exists() or not info.exists() or module.stat().st_size > MODULE_BYTES:
+        return {}
+    folder.mkdir(exist_ok=True)
+    shutil.copy2(module, folder / module.name)
+    shutil.copy2(info, folder / BUILD_INFO)
+    return {"files": {p.name: _digest(p) for p in (folder / module.name, folder / BUILD_INFO)}}
+
+
+def carried(folder: Path, before: dict[str, Any]) -> dict[str, Path]:
+    """{file in `folder`: its place in the checkout} of an earlier run's module; nothing unless it
+    is whole and for this Python."""
+    files = before.get("files", {})
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    places = {
+        f"_C{suffix}": ROOT / "fastres" / f"_C{suffix}",
+        BUILD_INFO: ROOT / "fastres" / "_build_info.json",
+    }
+    whole = all((folder / n).is_file() and _digest(folder / n) == files.get(n) for n in places)
+    return places if whole else {}
 
 
 def doctor(device: Device, record: Record) -> None:
@@ -138,13 +198,18 @@ def tests(device: Device, record: Record) -> None:
         # a pytest-xdist worker's variables would make this pytest believe that it is one
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
         env["FASTRES_TEST_LOG"] = str(log)
+        passed = record.before.get("passed", [])
+        log.write_text("".join(json.dumps({"test": t, "outcome": "passed"}) + "\n" for t in passed))
+        if passed:
+            (Path(folder) / "done").write_text(json.dumps(passed))
+            env["FASTRES_TEST_DONE"] = str(Path(folder) / "done")
         process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.STDOUT)  # fmt: skip
         try:
             code = process.wait(max(record.time_left(), 1))
         except subprocess.TimeoutExpired:
             code = None
-            record.note("stopped by its time limit: what ran until then counts")
+            record.unfinished("stopped by its time limit: what ran until then counts")
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
@@ -168,6 +233,7 @@ def tests(device: Device, record: Record) -> None:
     record.set(
         outcomes={k: dict(v) for k, v in outcomes.items()},
         by_backend={b: {k: dict(v) for k, v in f.items()} for b, f in by_backend.items()},
+        passed=sorted({f["test"] for f in map(json.loads, lines) if f["outcome"] == "passed"}),
         exit_code=code,
     )
     kinds = ("passed", "failed", "skipped")
@@ -192,9 +258,12 @@ def sanitizer(device: Device, record: Record) -> None:
     rows = []
     only = [f"{file}::{test}" for file, tests in SANITIZED.items() for test in tests]
     files = [str(ROOT / "tests" / file) for file in SANITIZED]
-    for name, pattern in TOOLS:
+    kept = record.keep(lambda row: row["errors"] is not None)
+    rows += [(row["tool"], row["errors"], row["state"]) for row in kept]
+    for name, pattern in (t for t in TOOLS if t[0] not in {row["tool"] for row in kept}):
         if record.time_left() < 10:
             rows.append((name, None, "no time left"))
+            record.unfinished(f"{name}: no time left")
             continue
         argv = [tool, "--tool", name, "--target-processes", "all", "--error-exitcode", "99",
                 sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_log", "-p",

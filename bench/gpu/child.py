@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.gpu.stages import BY_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
-FAILED, INTERRUPTED = 1, 130
+FAILED, PARTIAL, INTERRUPTED = 1, 3, 130
 
 
 def find_kernels() -> None:
@@ -50,19 +50,29 @@ def run(stage: str, out: str, seconds: float, dry: bool) -> int:
     if stage != "build":
         find_kernels()
     record = Record(Path(out), stage, dry, seconds, command(stage, dry))
-    fail = os.environ.get("FASTRES_GPU_TEST_FAIL", "")  # the tests' way to break a stage
+    # the tests' way to break a stage
+    fail = os.environ.get("FASTRES_GPU_TEST_FAIL", "").split(",")
     entry = BY_NAME[stage]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if fail == f"{stage}:crash":
+        if f"{stage}:crash" in fail:
             os.kill(os.getpid(), signal.SIGSEGV)
-        if fail == f"{stage}:raise":
+        if f"{stage}:raise" in fail:
             raise RuntimeError("asked to fail")
-        if fail == f"{stage}:hang":
+        if f"{stage}:hang" in fail:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.pause()
+        if f"{stage}:wait" in fail:
+            record.add(measured=1)
+            record.save()
+            signal.pause()
+        if f"{stage}:partial" in fail:
+            record.unfinished("asked to leave something")
         module = importlib.import_module(f"bench.gpu.{entry.module}")
         getattr(module, entry.function)(Device(dry), record)
     except KeyboardInterrupt:
+        for again in (signal.SIGINT, signal.SIGTERM):  # the file is written in peace
+            signal.signal(again, signal.SIG_IGN)
         record.note("stopped; what was measured until then is kept")
         record.save("interrupted")
         return INTERRUPTED
@@ -72,8 +82,8 @@ def run(stage: str, out: str, seconds: float, dry: bool) -> int:
         record.save("failed")
         return FAILED
     record.clocks()
-    record.save("done")
-    return 0
+    record.save("partial" if record.partial else "done")
+    return PARTIAL if record.partial else 0
 
 
 def work(stage: str, dry: bool) -> int:

@@ -169,6 +169,15 @@ class Device:
             stack.enter_context(fastres.use_backend("triton"))
         return stack
 
+    def kernels(self, backend: str) -> Any:
+        """Context of another backend's kernels; of none when it is "". The dry run has no C++
+        kernels: the reference backend takes the same calls."""
+        import fastres
+
+        if not backend:
+            return contextlib.nullcontext()
+        return fastres.use_backend("reference" if self.dry else backend)
+
 
 def one_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()

@@ -169,10 +169,11 @@ def check(device: Device, record: Record, names: list[str]) -> dict[str, dict[st
 
 
 def run(device: Device, record: Record) -> None:
+    kept = {row["case"] for row in record.keep(lambda row: bool(row.get("variants")))}
     found = machine(device)
     record.set(machine=found, dtype=NAME)
     print(f"copy {found['bandwidth'] / 1e12:.3g} TB/s, matmul {found['rate'] / 1e12:.4g} TFLOP/s")
-    todo = all_cases(device.dry)
+    todo = [case for case in all_cases(device.dry) if case.name not in kept]
     checked = check(device, record, [c.name for c in todo])
     missing = 0
     for case in todo:
@@ -186,9 +187,10 @@ def run(device: Device, record: Record) -> None:
             "checks": verdicts,
         }  # fmt: skip
         good = [v for v, verdict in verdicts.items() if verdict["ok"]]
-        if record.time_left() < 0:
+        late = any("no time left" in str(v.get("error")) for v in verdicts.values())
+        if record.time_left() < 0 or late:
             missing += 1
-        elif good:
+        if record.time_left() >= 0 and good:
             try:
                 row |= measure(device, case, good, found)
             except Exception as error:
@@ -199,7 +201,7 @@ def run(device: Device, record: Record) -> None:
         if broken is not None:
             raise RuntimeError(f"{case.name} left the device unusable: {broken}")
     if missing:
-        record.note(f"{missing} of {len(todo)} cases were checked but not timed: no time left")
+        record.unfinished(f"{missing} of {len(todo)} cases were not timed: no time left")
     record.set(machine_after=machine(device))
     show(record)
 

@@ -12,17 +12,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.child import ROOT
-from bench.gpu.record import SCHEMA, STATE_KIND, now, read_json, write_json
-from bench.gpu.stages import BY_NAME, DRY_LIMIT, NAMES, SOFT, STAGES, Stage
+from bench.gpu.child import PARTIAL, ROOT
+from bench.gpu.record import now, read_json, write_json
+from bench.gpu.stages import (
+    BY_NAME,
+    CALL_SECONDS,
+    CALLS,
+    DRY_LIMIT,
+    NAMES,
+    SOFT,
+    STAGES,
+    Stage,
+    allowance,
+    of_call,
+)
+from bench.gpu.state import FILE, UsageError, open_state, say
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143
 GRACE = 8.0  # seconds between asking a stage to stop and killing it
 LEAST = 20.0  # seconds of budget under which no stage is started
 
 
-class UsageError(Exception):
-    """One line for the user; exit code 2."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, with an exit code of its own."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,12 +46,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default=default, help="folder for the JSON files (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on: skip what is done in --out")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="for all stages together")
+    parser.add_argument("--call", type=int, metavar="N", help="the stages of call N, see --calls")
     parser.add_argument("--list", action="store_true", help="list the stages and exit")
+    parser.add_argument("--calls", action="store_true", help="print the plan of calls and exit")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, no GPU")
     return parser.parse_args(argv)
 
 
-def chosen(text: str | None) -> list[Stage]:
+def chosen(text: str | None, call: int | None = None) -> list[Stage]:
+    if call is not None:
+        if text is not None:
+            raise UsageError("argument --call: goes without --stages")
+        if call not in CALLS:
+            known = ", ".join(map(str, CALLS))
+            raise UsageError(f"argument --call: unknown call {call}; known: {known}")
+        return of_call(call)
     if text is None:
         return list(STAGES)
     names = [n.strip() for n in text.split(",") if n.strip()]
@@ -48,30 +69,6 @@ def chosen(text: str | None) -> list[Stage]:
         what = f"unknown stage {unknown[0]!r}" if unknown else "no stage"
         raise UsageError(f"argument --stages: {what}; known: {', '.join(NAMES)}")
     return [s for s in STAGES if s.name in names]
-
-
-def open_state(out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The state to go on from. Raises UsageError rather than write over results."""
-    file = out / "state.json"
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"argument --out: {out} is not a folder")
-    before = read_json(file)
-    if file.exists() and not options.resume:
-        raise UsageError(f"argument --out: {out} has results already; --resume goes on with them")
-    if before and (before.get("schema"), before.get("dry_run")) != (SCHEMA, options.dry_run):
-        raise UsageError(
-            f"argument --resume: {file} is of another version, or mixes a dry run with a real one"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        state = {
-            "schema": SCHEMA, "kind": STATE_KIND, "dry_run": options.dry_run,
-            "stages": before.get("stages", {}),
-        }  # fmt: skip
-        write_json(file, state)
-    except OSError as error:
-        raise UsageError(f"argument --out: cannot write to {out}: {error}") from error
-    return state
 
 
 def no_gpu() -> str | None:
@@ -114,15 +111,16 @@ def run_stage(stage: Stage, out: Path, dry: bool, seconds: float) -> dict[str, A
     process = subprocess.Popen(argv, env=env, cwd=ROOT, start_new_session=True)
     try:
         code = process.wait(seconds)
-        found["status"] = "done" if code == 0 else "failed"
+        found["status"] = {0: "done", PARTIAL: "partial"}.get(code, "failed")
         if code < 0:
             found["error"] = f"its process died: {signal.Signals(-code).name}"
-        elif code:
+        elif code not in (0, PARTIAL):
             found["error"] = f"exit code {code}"
     except subprocess.TimeoutExpired:
         found |= {"status": "timeout", "error": f"stopped after {seconds:.0f} s"}
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as how:
         found["status"] = "interrupted"
+        found["exit"] = TERMINATED if isinstance(how, Terminated) else INTERRUPTED
     finally:
         stop(process)
     found["seconds"] = round(time.monotonic() - started, 1)
@@ -144,6 +142,21 @@ def settle(stage: Stage, out: Path, found: dict[str, Any]) -> None:
         write_json(file, whole)
 
 
+def print_plan() -> None:
+    """Which stages go in which call, and what travels between the calls."""
+    for call in CALLS:
+        stages = of_call(call)
+        what = ", ".join(f"{s.name} {s.limit}" for s in stages if s.call == call)
+        again = "" if call == CALLS[0] else " --resume"
+        print(f"call {call} (at most {CALL_SECONDS} s): {what}")
+        print(f"    python -m bench.gpu --call {call}{again}")
+    print(
+        "\nA stage that ends early leaves its time to those after it. Where the machine is\n"
+        "bare at each call, bring the folder of results back after it and put it there again\n"
+        "before the next: the JSON files say what is done, module/ spares the build. docs/gpu.md"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(argv)
@@ -151,39 +164,61 @@ def main(argv: list[str] | None = None) -> int:
             for s in STAGES:
                 print(f"{s.name:<10} {s.limit:>4} s  {s.group + '.json':<15} {s.about}")
             return 0
-        stages = chosen(options.stages)
+        if options.calls:
+            print_plan()
+            return 0
+        stages = chosen(options.stages, options.call)
         if options.budget is not None and not options.budget > 0:
             raise UsageError(f"argument --budget: must be positive, got {options.budget:g}")
         if not options.dry_run and (why := no_gpu()) is not None:
             raise UsageError(f"no GPU: {why}. --dry-run runs every stage on the CPU")
         out = Path(options.out)
-        state = open_state(out, options)
+        state = open_state(out, options.resume, options.dry_run)
     except UsageError as error:
-        print(f"python -m bench.gpu: {error}", file=sys.stderr)
+        say(str(error))
         return BAD_INPUT
-    return run_all(stages, out, state, options)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return run_all(stages, out, state, options)
+    except KeyboardInterrupt as how:  # between two stages
+        return TERMINATED if isinstance(how, Terminated) else INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # once: the stage is being stopped
+    raise Terminated
 
 
 def save_state(out: Path, state: dict[str, Any]) -> None:
     """What --resume reads; without it a run goes on, and its table still tells how it ended."""
     try:
-        write_json(out / "state.json", state)
+        write_json(out / FILE, state)
     except OSError as error:
-        print(f"python -m bench.gpu: state.json cannot be written: {error}", file=sys.stderr)
+        say(f"{FILE} cannot be written: {error}")
 
 
 def run_all(
     stages: list[Stage], out: Path, state: dict[str, Any], options: argparse.Namespace
 ) -> int:
-    end = None if options.budget is None else time.monotonic() + options.budget
-    interrupted = False
+    done = {s.name for s in stages if state["stages"].get(s.name, {}).get("status") == "done"}
+    todo = [s for s in stages if s.name not in done or s.always]
+    if options.budget is not None:
+        budget = options.budget
+    elif options.dry_run:
+        budget = float("inf")
+    else:
+        budget = CALL_SECONDS if options.call is not None else sum(s.limit for s in todo)
+    end = time.monotonic() + budget
+    code = None
     for stage in stages:
-        if state["stages"].get(stage.name, {}).get("status") == "done":
+        if stage not in todo:
             print(f"== {stage.name}: done before", flush=True)
             continue
-        limit = float(DRY_LIMIT if options.dry_run else stage.limit)
-        if end is not None:
-            limit = min(limit, end - time.monotonic())
+        left = end - time.monotonic()
+        limit = min(DRY_LIMIT, left) if options.dry_run else allowance(todo, left)
+        todo.remove(stage)
         if limit < (1 if options.dry_run else LEAST):
             state["stages"][stage.name] = {"status": "skipped", "error": "the budget is spent"}
             continue
@@ -195,7 +230,7 @@ def run_all(
         state["stages"][stage.name] = found
         save_state(out, state)
         if found["status"] == "interrupted":
-            interrupted = True
+            code = found["exit"]
             break
     save_state(out, state)
     print("\nstage       status        seconds")
@@ -206,4 +241,4 @@ def run_all(
         line = f"{stage.name:<10}  {found['status']:<12}  {found.get('seconds', 0):>7}"
         print(f"{line}  {found.get('error') or ''}".rstrip())
     print(f"results in {out}", flush=True)
-    return INTERRUPTED if interrupted else int(bad)
+    return int(bad) if code is None else code

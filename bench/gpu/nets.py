@@ -1,4 +1,4 @@
-"""Stages `train`, `inference` and `memory`: networks against all baselines.
+"""Stages `train`, `inference`, `autotune` and `memory`: networks against all baselines.
 
 Every variant of a configuration lives in one process and takes its turn, so that ratios are within
 a round. What could crash or hang goes through a worker first: fastres's rungs are compared with
@@ -9,7 +9,6 @@ under a time limit of its own. A variant that fails there is listed with its rea
 from __future__ import annotations
 
 import contextlib
-import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,61 +28,84 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = {"bf16": 1.0, "fp16": 1024.0}  # of the loss: fixed, since a GradScaler asks the host
 ROUNDS = 9
 CHECKED = 8  # images compared with float64
-CHECK_SECONDS, COMPILE_SECONDS, MAX_SECONDS = 120.0, 120.0, 180.0
+CHECK_SECONDS, COMPILE_SECONDS = 120.0, 180.0
+MAX_SHARE = 0.7  # of the stage's time, for max-autotune to choose its kernels
 LOSS_LIMIT = 0.03  # first loss, against eager's: a wrong variant is off by far more
 
 
 @dataclass(frozen=True)
 class Variant:
-    """kind: "eager", "compile", "compile-max" or "fastres"; rung: of fastres."""
+    """kind: "eager", "compile", "compile-max" or "fastres"; rung: of fastres; backend: whose
+    kernels, Triton's if not "cuda"."""
 
     kind: str
     dtype: str = "bf16"
     rung: str = ""
+    backend: str = ""
 
     @property
     def name(self) -> str:
-        return " ".join(v for v in (self.kind, self.rung or self.dtype) if v)
+        return " ".join(v for v in (self.kind, self.backend, self.rung or self.dtype) if v)
 
 
 EAGER, HALF = Variant("eager"), Variant("eager", "fp16")
 COMPILE, COMPILE_MAX = Variant("compile"), Variant("compile-max")
 RUNGS = tuple(Variant("fastres", rung=r) for r in ("b", "c1", "c2", "d"))
-BY_NAME = {v.name: v for v in (EAGER, HALF, COMPILE, COMPILE_MAX, *RUNGS)}
+# the vendor's convs with the C++ passes; all convs that the C++ backend has
+CUDA = tuple(Variant("fastres", rung=r, backend="cuda") for r in ("b", "c2"))
+BY_NAME = {v.name: v for v in (EAGER, HALF, COMPILE, COMPILE_MAX, *RUNGS, *CUDA)}
 BASELINES = tuple(v.name for v in (EAGER, HALF, COMPILE, COMPILE_MAX))
 
 
 @dataclass(frozen=True)
 class Config:
-    """One network at one batch size, and its variants."""
+    """One network at one batch size, in training or inference, and its variants."""
 
     model: str
     batch: int
-    variants: tuple[Variant, ...]
+    mode: str  # "train" or "inference"
+    variants: tuple[Variant, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.model}|{self.batch}"
+        return f"{self.model}|{self.batch}|{self.mode}"
+
+    @property
+    def training(self) -> bool:
+        return self.mode == "train"
+
+    def has(self, row: dict[str, Any]) -> bool:
+        return (self.model, self.batch, self.mode) == tuple(row[k] for k in CONFIG)
 
 
-ALL, MOST = (EAGER, HALF, COMPILE, COMPILE_MAX, *RUNGS), (EAGER, HALF, COMPILE, *RUNGS)
+CONFIG = ("model", "batch", "mode")
+ALL = (EAGER, HALF, COMPILE, *RUNGS, *CUDA)
 TRAIN = (
-    Config("resnet50", 256, ALL),
-    Config("resnet18", 256, MOST),
-    Config("resnet50", 32, MOST),
-    Config("resnet18", 32, (EAGER, HALF, *RUNGS)),
+    Config("resnet50", 256, "train", ALL),
+    Config("resnet18", 256, "train", ALL),
+    Config("resnet50", 32, "train", ALL),
+    Config("resnet18", 32, "train", (EAGER, HALF, *RUNGS, *CUDA)),
 )
 # c2 and d differ from c1 in the backward only
-FORWARD = (EAGER, HALF, COMPILE, RUNGS[0], RUNGS[1])
+FORWARD = (EAGER, HALF, COMPILE, RUNGS[0], RUNGS[1], *CUDA)
+SHORT = (EAGER, HALF, RUNGS[0], RUNGS[1], CUDA[1])
 INFERENCE = (
-    Config("resnet50", 1, FORWARD),
-    Config("resnet50", 256, FORWARD),
-    Config("resnet50", 32, FORWARD),
-    Config("resnet18", 1, (EAGER, HALF, RUNGS[0], RUNGS[1])),
-    Config("resnet18", 256, (EAGER, HALF, RUNGS[0], RUNGS[1])),
+    Config("resnet50", 1, "inference", FORWARD),
+    Config("resnet50", 256, "inference", FORWARD),
+    Config("resnet50", 32, "inference", FORWARD),
+    Config("resnet18", 1, "inference", SHORT),
+    Config("resnet18", 256, "inference", SHORT),
 )
-DRY_TRAIN = (Config("resnet50", 2, (EAGER, COMPILE, RUNGS[0])),)
-DRY_INFERENCE = (Config("resnet18", 2, (EAGER, HALF, RUNGS[1])),)
+# compiles for minutes: a stage of its own, so that it takes no time from the others
+AUTOTUNE = (
+    Config("resnet50", 256, "train", (EAGER, COMPILE, COMPILE_MAX, RUNGS[0], CUDA[1])),
+    Config("resnet50", 256, "inference", (EAGER, COMPILE, COMPILE_MAX, RUNGS[1], CUDA[1])),
+)
+DRY = {
+    "train": (Config("resnet50", 2, "train", (EAGER, COMPILE, RUNGS[0], CUDA[1])),),
+    "inference": (Config("resnet18", 2, "inference", (EAGER, HALF, RUNGS[1], CUDA[1])),),
+    "autotune": (Config("resnet18", 2, "inference", (EAGER, COMPILE_MAX, CUDA[0])),),
+}
 
 
 def data(device: Device, batch: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -98,10 +120,11 @@ def data(device: Device, batch: int, seed: int = 1) -> tuple[Tensor, Tensor]:
 class Net:
     """A variant of a network: what it runs, eagerly or as a CUDA graph."""
 
-    def __init__(self, device: Device, config: Config, variant: Variant, training: bool) -> None:
+    def __init__(self, device: Device, config: Config, variant: Variant) -> None:
         import fastres
 
-        self.device, self.variant, self.training = device, variant, training
+        self.device, self.variant, self.training = device, variant, config.training
+        training = config.training
         self.dtype = DTYPES[variant.dtype]
         self.x, self.y = data(device, config.batch)
         model = network(config.model, device.dry).to(device.torch)
@@ -132,18 +155,20 @@ class Net:
         assert self.optimizer is not None
         scale = SCALE[self.variant.dtype]
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
-            loss = F.cross_entropy(self.call(x), y)
-        if scale == 1.0:
-            loss.backward()
-        else:
-            (loss * scale).backward()
+        with self.kernels():
+            with self.autocast():
+                loss = F.cross_entropy(self.call(x), y)
+            (loss if scale == 1.0 else loss * scale).backward()
+        if scale != 1.0:
             torch._foreach_mul_([p.grad for p in self.model.parameters()], 1 / scale)
         self.optimizer.step()
         return loss.detach()
 
+    def kernels(self) -> contextlib.AbstractContextManager[Any]:
+        return self.device.kernels(self.variant.backend)
+
     def infer(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), self.kernels():
             return self.call(x)
 
     def eager(self) -> Tensor:
@@ -169,14 +194,14 @@ class Net:
 # --- checks, in workers ---------------------------------------------------------------------------
 
 
-def _job(device: Device, name: str, training: bool) -> dict[str, Any]:
-    model, batch, variant = name.split("|")
-    config, v = Config(model, int(batch), ()), BY_NAME[variant]
+def _job(device: Device, name: str) -> dict[str, Any]:
+    model, batch, mode, variant = name.split("|")
+    config, v = Config(model, int(batch), mode), BY_NAME[variant]
     found: dict[str, Any] = {}
     with device.triton():
         if v.kind == "fastres":
-            found = compare(device, model, v, training)
-        net = Net(device, config, v, training)
+            found = compare(device, model, v, config.training)
+        net = Net(device, config, v)
         for _ in range(1 if device.dry else 3):
             out = net.eager()
         if not device.dry and v.kind != "compile-max":
@@ -187,8 +212,7 @@ def _job(device: Device, name: str, training: bool) -> dict[str, Any]:
     return found
 
 
-train_job = functools.partial(_job, training=True)
-inference_job = functools.partial(_job, training=False)
+train_job = inference_job = autotune_job = _job
 
 
 def compare(device: Device, model: str, v: Variant, training: bool) -> dict[str, Any]:
@@ -211,15 +235,16 @@ def compare(device: Device, model: str, v: Variant, training: bool) -> dict[str,
         net.train(training)
         if convert:
             net = fastres.convert(net, fusion=v.rung)
-        if training:
-            with torch.autocast(device.type, dtype=DTYPES[v.dtype]):
-                out = net(x)
-            errors.append(all_errors(training_pass(net, out.float(), y), truth))
-        else:
-            net = net.to(DTYPES[v.dtype])
-            with torch.no_grad():
-                out = net(x.to(DTYPES[v.dtype]))
-            errors.append(all_errors({"outputs": {"": out}}, truth))
+        with device.kernels(v.backend if convert else ""):
+            if training:
+                with torch.autocast(device.type, dtype=DTYPES[v.dtype]):
+                    out = net(x)
+                errors.append(all_errors(training_pass(net, out.float(), y), truth))
+            else:
+                net = net.to(DTYPES[v.dtype])
+                with torch.no_grad():
+                    out = net(x.to(DTYPES[v.dtype]))
+                errors.append(all_errors({"outputs": {"": out}}, truth))
     rows = checks(v.dtype, mode, *errors)
     found: dict[str, Any] = {"checks": [r.to_dict() for r in rows]}
     bad = next((r for r in rows if not r.passed), None)
@@ -235,16 +260,19 @@ def checked(
     """Answers of the workers, by "model|batch|variant"; eager needs none."""
     found: dict[str, dict[str, Any]] = {}
     jobs = [(c, v) for c in configs for v in c.variants if v.kind != "eager"]
-    # the rungs side by side, then torch.compile with the device to itself as far as possible
-    for kinds, seconds, most in (
-        (("fastres",), CHECK_SECONDS, 6),
-        (("compile", "compile-max"), MAX_SECONDS, 3),
+    # the rungs side by side, then torch.compile with the device to itself as far as possible:
+    # max-autotune chooses by time
+    left = record.time_left()
+    for kind, seconds, most, share in (
+        ("fastres", CHECK_SECONDS, 6, 0.35),
+        ("compile", COMPILE_SECONDS, 3, 0.35),
+        ("compile-max", MAX_SHARE * left, 1, MAX_SHARE),
     ):
-        names = [f"{c.name}|{v.name}" for c, v in jobs if v.kind in kinds]
+        names = [f"{c.name}|{v.name}" for c, v in jobs if v.kind == kind]
         if names:
-            share = 0.35 * record.time_left()
             workers = parallel_workers(device.dry, most)
-            found |= run_jobs(stage, names, device.dry, workers, seconds, share)
+            limit = share * record.time_left()
+            found |= run_jobs(stage, names, device.dry, workers, seconds, limit)
     for name, answer in found.items():
         if not answer["ok"]:
             record.note(f"{name}: {answer.get('error')}")
@@ -255,29 +283,42 @@ def checked(
 
 
 def train(device: Device, record: Record) -> None:
-    _stage(device, record, "train", DRY_TRAIN if device.dry else TRAIN, True)
+    _stage(device, record, TRAIN)
 
 
 def inference(device: Device, record: Record) -> None:
-    _stage(device, record, "inference", DRY_INFERENCE if device.dry else INFERENCE, False)
+    _stage(device, record, INFERENCE)
 
 
-def _stage(
-    device: Device, record: Record, stage: str, configs: tuple[Config, ...], training: bool
-) -> None:
+def autotune(device: Device, record: Record) -> None:
+    _stage(device, record, AUTOTUNE)
+
+
+def _stage(device: Device, record: Record, configs: tuple[Config, ...]) -> None:
+    configs = DRY[record.stage] if device.dry else configs
+    late = {tuple(r[k] for k in CONFIG) for r in record.before.get("rows", []) if _late(r)}
+    kept = record.keep(lambda row: tuple(row[k] for k in CONFIG) not in late)
+    todo = tuple(c for c in configs if not any(c.has(row) for row in kept))
     found = machine(device)
     record.set(machine=found)
-    answers = checked(device, record, stage, configs)
-    record.set(checks=answers)
-    for config in configs:
+    answers = checked(device, record, record.stage, todo)
+    record.set(checks={**record.before.get("checks", {}), **answers})
+    for config in todo:
         if record.time_left() < 0:
-            record.note(f"{config.name}: not measured, no time left")
+            record.unfinished(f"{config.name}: not measured, no time left")
             continue
         with device.triton():
-            rows = measure(device, record, config, answers, training, found)
+            rows = measure(device, record, config, answers, found)
+        if any(map(_late, rows)):
+            record.unfinished(f"{config.name}: not all variants, no time left")
         device.empty()
-        show(stage, config, rows)
+        show(record.stage, config, rows)
         record.save()
+
+
+def _late(row: dict[str, Any]) -> bool:
+    """Whether a variant is missing for want of time."""
+    return "no time left" in str(row.get("error"))
 
 
 def measure(
@@ -285,10 +326,11 @@ def measure(
     record: Record,
     config: Config,
     answers: dict[str, dict[str, Any]],
-    training: bool,
     found: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """All variants of a configuration, in turns."""
+    """All variants of a configuration, in turns: the rows, those that failed among them."""
+    rows = []
+    whose = {k: getattr(config, k) for k in CONFIG}
     shots: dict[str, Shot] = {}
     pool, first = device.pool(), None
     nets = []
@@ -297,14 +339,14 @@ def measure(
     for v in config.variants:
         answer = answers.get(f"{config.name}|{v.name}", {"ok": v.kind == "eager"})
         if not answer["ok"]:
-            record.add(model=config.model, batch=config.batch, variant=v.name,
-                       status="not measured", error=answer.get("error"))  # fmt: skip
+            why = answer.get("error")
+            rows.append(record.add(**whose, variant=v.name, status="not measured", error=why))
             continue
         try:
-            net = Net(device, config, v, training)
+            net = Net(device, config, v)
             nets.append(net)
             out = net.eager().float()
-            value = float(out.mean() if training else out.norm())
+            value = float(out.mean() if config.training else out.norm())
             first = value if first is None else first
             if not abs(value - first) <= LOSS_LIMIT * abs(first) + (0.2 if device.dry else 0.0):
                 raise ValueError(f"wrong: it gives {value:.4g}, eager {first:.4g}")
@@ -314,19 +356,18 @@ def measure(
                     [net.graphed(pool)], seconds, graph=False
                 )
         except Exception as error:
-            record.add(model=config.model, batch=config.batch, variant=v.name, status="failed",
-                       error=one_line(error))  # fmt: skip
+            why = one_line(error)
+            rows.append(record.add(**whose, variant=v.name, status="failed", error=why))
             if device.broken() is not None:
                 raise
     times = take_turns(shots, 1 if device.dry else ROUNDS, record.time_left)
     medians = {name: statistics.median(t) for name, t in times.items()}
     plain = [n for n in BASELINES if n in medians]
     graphs = [n for n in medians if n.removesuffix(" +graph") in BASELINES]
-    ceilings = roofs(device, config, training, found)
-    rows = []
+    ceilings = roofs(device, config, found)
     for name, values in times.items():
         row = {
-            "model": config.model, "batch": config.batch, "variant": name, "status": "ok",
+            **whose, "variant": name, "status": "ok",
             **summary(values), "img/s": config.batch / medians[name], "raw": values,
         }  # fmt: skip
         if plain:
@@ -339,25 +380,25 @@ def measure(
             row["against"]["best baseline or graph"] = {
                 "name": best, **ratio(values, times[best])
             }  # fmt: skip
-        rung = name.removesuffix(" +graph").removeprefix("fastres ")
+        rung = name.removesuffix(" +graph").removeprefix("fastres ").removeprefix("cuda ")
         if rung in ceilings:
             row |= {"ceiling": ceilings[rung], "percent": 100 * row["img/s"] / ceilings[rung]}
         rows.append(record.add(**row))
     return rows
 
 
-def roofs(
-    device: Device, config: Config, training: bool, found: dict[str, float]
-) -> dict[str, float]:
+def roofs(device: Device, config: Config, found: dict[str, float]) -> dict[str, float]:
     """img/s that each rung's kernels allow at the measured bandwidth and rate."""
     from fastres import roofline
 
     size = DRY_SIZE if device.dry else SIZE
     net = network(config.model, device.dry).to("meta")
     shape = (config.batch, 3, size, size)
-    names = {"b": "b", "c1": "c1", "c2": "c2", "d": "d"} if training else {"b": "b", "c1": "folded"}
+    names = {"b": "b", "c1": "folded", "c2": "folded"}
+    if config.training:
+        names = {"b": "b", "c1": "c1", "c2": "c2", "d": "d"}
     return {
-        ours: roofline.model(net, shape, "bf16", rung, training).ceiling(
+        ours: roofline.model(net, shape, "bf16", rung, config.training).ceiling(
             found["bandwidth"], found["rate"]
         )
         for ours, rung in names.items()
@@ -372,10 +413,10 @@ def show(stage: str, config: Config, rows: list[dict[str, Any]]) -> None:
               ("eager bf16", "best baseline", "best baseline or graph")),
             r.get("percent"),
         )
-        for r in rows
+        for r in rows if r["status"] == "ok"
     ]  # fmt: skip
     heads = ("variant", "img/s", "ms", "x eager", "x best", "x best or graph", "% roof")
-    table(f"{stage}: {config.model}, batch {config.batch}", heads, lines)
+    table(f"{stage}: {config.model}, {config.mode}, batch {config.batch}", heads, lines)
 
 
 def memory(device: Device, record: Record) -> None:
@@ -384,20 +425,24 @@ def memory(device: Device, record: Record) -> None:
 
     batch = 2 if device.dry else 256
     lines = []
+    kept = record.keep(lambda row: "error" not in row)
     for model in ("resnet50",) if device.dry else ("resnet50", "resnet18"):
-        eager: dict[str, float] = {}
-        for v in (EAGER, *(RUNGS[:1] if device.dry else RUNGS)):
+        before = {row["variant"]: row for row in kept if row["model"] == model}
+        eager: dict[str, float] = before.get(EAGER.name, {})
+        for v in (EAGER, *(RUNGS[:1] if device.dry else RUNGS), CUDA[1]):
+            if v.name in before:
+                continue
             if record.time_left() < 0:
-                record.note(f"{model} {v.name}: not measured, no time left")
+                record.unfinished(f"{model} {v.name}: not measured, no time left")
                 continue
             row: dict[str, Any] = {"model": model, "batch": batch, "variant": v.name}
             try:
                 with device.triton():
-                    net = Net(device, Config(model, batch, ()), v, True)
+                    net = Net(device, Config(model, batch, "train"), v)
                     net.eager()
 
                     def forward(net: Net = net) -> Tensor:
-                        with net.autocast():
+                        with net.kernels(), net.autocast():
                             return net.call(net.x)
 
                     row["saved"] = saved_bytes(net.model, forward, net.x)

@@ -239,38 +239,34 @@ def backward(rows: list[Found], totals: Found) -> list[str]:
 # --- networks -------------------------------------------------------------------------------------
 
 
+def _config(row: Found) -> tuple[str, str, int]:
+    return row["model"], row["mode"], row["batch"]
+
+
 def promises(rows: list[Found]) -> list[str]:
     """What convert gives by itself, and the best of fastres, against the best baseline."""
     body = []
-    for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in rows):
-        ours = [
-            r
-            for r in rows
-            if (r["model"], r["batch"]) == (model, batch)
-            and r["variant"].startswith("fastres")
-            and r.get("against")
-        ]
+    for config in dict.fromkeys(map(_config, rows)):
+        same = [r for r in rows if _config(r) == config]
+        ours = [r for r in same if r["variant"].startswith("fastres") and r.get("against")]
         best = max(ours, key=lambda r: r["img/s"], default=None)
         default = next((r for r in ours if r["variant"] == DEFAULT), None)
         body.append([
-            model, str(batch), against(default, BEST) or "not measured",
+            *map(str, config), against(default, BEST) or "not measured",
             "not measured" if best is None else best["variant"],
             against(best, BEST), against(best, BEST_OF_ALL),
         ])  # fmt: skip
-    head = ["network", "batch", "convert's own choice, x best baseline", "fastest of fastres",
-            "x best baseline", "x best, graphs too"]  # fmt: skip
+    head = ["network", "mode", "batch", "convert's own choice, x best baseline",
+            "fastest of fastres", "x best baseline", "x best, graphs too"]  # fmt: skip
     return table(head, body)
 
 
 def networks(found: Found) -> list[str]:
     lines = machine(found) + promises(found["rows"])
-    configs = dict.fromkeys((r["model"], r["batch"]) for r in found["rows"])
     keys = ("eager bf16", BEST, BEST_OF_ALL)
-    for model, batch in configs:
+    for config in dict.fromkeys(map(_config, found["rows"])):
         rows, reasons = [], []
-        for r in found["rows"]:
-            if (r["model"], r["batch"]) != (model, batch):
-                continue
+        for r in (r for r in found["rows"] if _config(r) == config):
             if r["status"] != "ok":
                 reasons.append(f"- {r['variant']}, {r['status']}: {short(r.get('error'))}")
                 continue
@@ -281,7 +277,8 @@ def networks(found: Found) -> list[str]:
                 number(r["us"] / 1e3, ",.3f"), *(against(r, k) for k in keys), best,
                 percent(r.get("percent")),
             ])  # fmt: skip
-        head = [f"{model}, batch {batch}", "img/s", "ms", "x eager bf16", "x best baseline",
+        model, mode, batch = config
+        head = [f"{model}, {mode}, batch {batch}", "img/s", "ms", "x eager bf16", "x best baseline",
                 "x best, graphs too", "the best", "roof"]  # fmt: skip
         lines += table(head, rows)
         lines += [*reasons, ""] if reasons else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from bench.gpu.networks import DRY_SIZE, SIZE, network
 from bench.gpu.numbers import cudnn_counts
 from bench.gpu.record import Record
 
+CANDIDATE_SECONDS = 60.0  # for the check of one: a hang must not take the stage
 FORMS = ("conv", "conv+genstats", "scale-bias-relu-conv+genstats", "conv+scale-bias-relu")
 
 
@@ -111,8 +114,14 @@ def cudnn(device: Device, record: Record) -> None:
         return
     handle = module.create_handle()
     record.set(versions={"cudnn": module.backend_version(), "frontend": module.__version__})
+    taken = [r for r in record.before.get("rows", []) if r["supported"] is not None]
+    tried = Counter(_shape_of(row) for row in taken)
+    kept = record.keep(lambda r: r["supported"] is not None and tried[_shape_of(r)] == len(FORMS))
+    done = set(map(_shape_of, kept))
     for dtype in (torch.bfloat16, torch.float16):  # all shapes in bf16 first
         for s in shapes:
+            if _shape_of({"dtype": _name(dtype), "shape": vars(s)}) in done:
+                continue
             probe(device, record, module, handle, s, dtype)
             device.empty()
     lines = cudnn_counts(record.rows)
@@ -120,7 +129,15 @@ def cudnn(device: Device, record: Record) -> None:
     untried = sum(r["supported"] is None for r in record.rows)
     record.set(not_tried=untried)
     if untried:
-        record.note(f"not tried: {untried} of {len(record.rows)}, for lack of time")
+        record.unfinished(f"not tried: {untried} of {len(record.rows)}, for lack of time")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape_of(row: dict[str, Any]) -> tuple[str, str]:
+    return row["dtype"], json.dumps(row["shape"], sort_keys=True)
 
 
 def probe(
@@ -143,7 +160,7 @@ def probe(
     times = take_turns(shots, ROUNDS, record.time_left)
     for form in FORMS:
         row: dict[str, Any] = {
-            "form": form, "dtype": str(dtype).removeprefix("torch."), "shape": vars(s),
+            "form": form, "dtype": _name(dtype), "shape": vars(s),
         }  # fmt: skip
         if form in times:
             row |= {"supported": True, **summary(times[form])}
@@ -156,13 +173,11 @@ def probe(
 
 def tune(device: Device, record: Record) -> None:
     """fastres.tune on a ResNet-50's blocks in training; the choices are the stage's result."""
-    import fastres
-
-    if not hasattr(fastres, "tune"):
-        record.note("fastres.tune does not exist in this version")
-        return
     import os
     import tempfile
+
+    import fastres
+    from fastres import plan
 
     with tempfile.TemporaryDirectory() as cache:  # the user's own cache stays as it is
         os.environ["FASTRES_CACHE"] = cache
@@ -177,19 +192,26 @@ def tune(device: Device, record: Record) -> None:
         def each(path: str, key: Any, entry: Any) -> None:  # at once: the stage may be stopped
             times = {k: float(v) for k, v in entry.milliseconds.items()}
             row = record.add(
-                block=str(key.block), path=path, shape=list(key.shape), dtype=key.dtype,
-                mode=key.mode, choice=entry.choice, ratio=entry.ratio, ms=times,
+                block=key.block, path=path, shape=list(key.shape), dtype=key.dtype,
+                layout=key.layout, mode=key.mode, choice=entry.choice, ratio=entry.ratio, ms=times,
                 rejected=dict(entry.rejected),
             )  # fmt: skip
             record.save()
             where = "x".join(map(str, row["shape"]))
             lines.append((where, row["choice"], row["ratio"], len(row["rejected"])))
 
+        kept = record.keep(lambda row: "layout" in row)
+        plan.current(x.device).add({
+            plan.Key(row["block"], tuple(row["shape"]), row["dtype"], row["layout"], row["mode"]):
+            plan.Entry(row["choice"], row["ms"], row["ratio"], row["rejected"])
+            for row in kept
+        })  # fmt: skip
         limit = max(record.time_left(), 1.0)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             found = fastres.tune(
-                net, x, modes=("training",), seconds=seconds, limit=limit, each=each
-            )
+                net, x, modes=("training",), seconds=seconds, limit=limit, each=each,
+                missing=True, candidate_seconds=CANDIDATE_SECONDS,
+            )  # fmt: skip
         if found.left:
-            record.note(f"not measured, for lack of time: {', '.join(found.left)}")
+            record.unfinished(f"not measured, for lack of time: {', '.join(found.left)}")
     table("tune: ResNet-50's blocks", ("input", "choice", "x eager", "rejected"), lines)

@@ -1,11 +1,13 @@
 """A pytest plugin: outcomes to $FASTRES_TEST_LOG, a JSON line each, as they come; only the tests of
-$FASTRES_TEST_ONLY (a JSON list of file::test); and a worker whose GPU is broken ends, so that its
+$FASTRES_TEST_ONLY (a JSON list of file::test), and none of the node ids in the file
+$FASTRES_TEST_DONE, which passed before; and a worker whose GPU is broken ends, so that its
 other tests run in a fresh one (a bad access is sticky)."""
 
 from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,10 @@ def pytest_collection_modifyitems(config, items):
     if only:
         names = set(json.loads(only))
         items[:] = [i for i in items if f"{i.path.name}::{i.name}" in names]
+    done = os.environ.get("FASTRES_TEST_DONE")
+    if done:
+        passed = set(json.loads(Path(done).read_text()))
+        items[:] = [i for i in items if i.nodeid not in passed]
 
 
 def pytest_runtest_logreport(report):

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SCHEMA = 1
 KIND, STATE_KIND = "fastres-gpu", "fastres-gpu-state"
 MAX_BYTES = 8 << 20  # of a file; the limit outside is 16 MB
 SAVE_EVERY = 2.0  # seconds
+SAME = ("commit", "fastres", "torch", "triton", "device")  # of a run that another goes on with
 SMI = (
     "name,uuid,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
     "temperature.gpu,memory.total,pci.bus_id"
@@ -110,12 +112,21 @@ class Record:
         self.deadline = time.monotonic() + seconds
         self.started = self._saved = time.monotonic()
         self.rows: list[dict[str, Any]] = []
+        self.partial = False
+        before = read_json(self.file).get("stages", {}).get(stage, {})
         self.found: dict[str, Any] = {
             "status": "running", "dry_run": dry, "command": command, "seconds": 0.0, "notes": [],
             "clocks": [], "environment": environment(dry), "rows": self.rows,
         }  # fmt: skip
+        env, old = self.found["environment"], before.get("environment", {})
+        other = [k for k in SAME if old.get(k) != env.get(k) or env.get(k) == "unknown"]
+        self.before = {} if other else before
+        if before.get("rows") and other:
+            what = ", ".join(f"{k} ({old.get(k)}, here {env.get(k)})" for k in other)
+            self.note(f"an earlier run is written over, it had another {what}")
         self.clocks()
-        self.save()
+        if not self.before:  # otherwise its rows stay until they are taken over
+            self.save()
 
     def time_left(self) -> float:
         """Seconds until the stage should start nothing new."""
@@ -131,6 +142,26 @@ class Record:
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
         return self.rows[-1]
+
+    def keep(self, whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Takes over those rows of an earlier, unfinished run of the stage, of the same commit and
+        versions on such a card, that need no repeating; they are the first rows."""
+        kept = [row for row in self.before.get("rows", []) if whole(row)]
+        if kept:
+            env = self.before.get("environment", {})
+            date = env.get("date")
+            self.rows += kept
+            self.found["kept"] = [
+                *self.before.get("kept", []),
+                {"rows": len(kept), "date": date, "uuid": env.get("uuid")},
+            ]
+            print(f"{self.stage}: {len(kept)} rows are of the run of {date}", flush=True)
+        return kept
+
+    def unfinished(self, text: str) -> None:
+        """A note; --resume goes on with the stage."""
+        self.partial = True
+        self.note(text)
 
     def note(self, text: str) -> None:
         """A line for the reader: what was left out, and why."""

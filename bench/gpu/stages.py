@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stage:
-    """limit: seconds after which its process is stopped (480 at most); module, function: what runs
-    there; group: the JSON file that holds its results. Eight files come out at most."""
+    """limit: seconds it is planned for; it is given what the stages before it left, too, up to
+    MOST; module, function: what runs there; group: the JSON file that holds its results; call:
+    which of the run-book's calls it belongs to; always: run in every call."""
 
     name: str
     about: str
@@ -16,21 +17,40 @@ class Stage:
     module: str
     function: str
     group: str
+    call: int
+    always: bool = False
 
 
+# a machine that is lent for three calls of ten minutes, and bare at each: docs/gpu.md
 STAGES = (
-    Stage("build", "install fastres where it is not", 120, "checks", "build", "checks"),
-    Stage("doctor", "what is installed, and what works", 45, "checks", "doctor", "checks"),
-    Stage("tests", "the tests of the Triton kernels on the GPU", 210, "checks", "tests", "checks"),
-    Stage("kernels", "every kernel against roofline and vendor", 240, "kernels", "run", "kernels"),
-    Stage("train", "training steps against all baselines", 360, "nets", "train", "train"),
-    Stage("inference", "inference against all baselines", 180, "nets", "inference", "inference"),
-    Stage("memory", "bytes saved for backward, peak memory", 60, "nets", "memory", "inference"),
-    Stage("cudnn", "what cuDNN's fused graphs support", 240, "probes", "cudnn", "probes"),
-    Stage("tune", "fastres.tune on ResNet-50", 480, "probes", "tune", "probes"),
-    Stage("sanitizer", "compute-sanitizer on a few tests", 90, "checks", "sanitizer", "checks"),
+    Stage("build", "install fastres where it is not", 150, "checks", "build", "checks", 1, True),
+    Stage("doctor", "what is installed, and what works", 30, "checks", "doctor", "checks", 1),
+    Stage("tests", "the kernels' tests on the GPU", 170, "checks", "tests", "checks", 1),
+    Stage("kernels", "kernels against roofline and vendor", 210, "kernels", "run", "kernels", 1),
+    Stage("train", "training against all baselines", 290, "nets", "train", "train", 2),
+    Stage("inference", "inference against all baselines", 190, "nets", "inference", "inference", 2),
+    Stage("memory", "bytes saved for backward, peak memory", 60, "nets", "memory", "inference", 2),
+    Stage("cudnn", "what cuDNN's fused graphs support", 100, "probes", "cudnn", "probes", 3),
+    Stage("tune", "fastres.tune on ResNet-50", 180, "probes", "tune", "probes", 3),
+    Stage("sanitizer", "compute-sanitizer on a few tests", 60, "checks", "sanitizer", "checks", 3),
+    Stage("autotune", "torch.compile max-autotune", 210, "nets", "autotune", "train", 3),
 )
 NAMES = tuple(s.name for s in STAGES)
 BY_NAME = {s.name: s for s in STAGES}
+MOST = 480  # seconds of any stage
 SOFT = 0.85  # of the limit: a stage starts nothing new after that
 DRY_LIMIT = 120  # seconds of any stage in a dry run
+CALL_SECONDS = 560  # of all stages of a call: a call ends at 600, and has to start and to copy
+CALLS = tuple(sorted({s.call for s in STAGES}))
+
+
+def of_call(number: int) -> list[Stage]:
+    """The stages of a call, in order."""
+    return [s for s in STAGES if s.call == number or s.always]
+
+
+def allowance(stages: list[Stage], seconds: float) -> float:
+    """How long the first of the stages may take when all of them have `seconds` together: what it
+    is planned for, and what the others do not need."""
+    others = sum(s.limit for s in stages[1:])
+    return min(MOST, seconds, max(stages[0].limit, seconds - others))

@@ -1,0 +1,243 @@
+"""The GPU run-book over several calls: what goes in which, and what a later one finds done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from bench.gpu import checks, child, record
+from bench.gpu import main as runbook
+from bench.gpu.stages import CALL_SECONDS, CALLS, MOST, NAMES, STAGES, allowance, of_call
+from bench.gpu.state import open_state
+
+
+def test_three_calls_hold_all_stages(capsys):
+    """In 1,800 s, the start of the machine included."""
+    assert len(CALLS) == 3 and sum(s.limit for s in STAGES) <= 3 * CALL_SECONDS < 1800
+    for call in CALLS:
+        own = of_call(call)
+        assert own[0].name == "build"
+        assert sum(s.limit for s in own if s.call == call) <= CALL_SECONDS
+    assert {s.name for call in CALLS for s in of_call(call)} == set(NAMES)
+    assert runbook.main(["--calls"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{s.name} {s.limit}" in said for s in STAGES)
+    assert "python -m bench.gpu --call 1\n" in said and "--call 2 --resume\n" in said
+    assert [s.name for s in runbook.chosen(None, 3)] == [s.name for s in of_call(3)]
+
+
+def test_a_stage_that_left_something_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRES_GPU_TEST_FAIL", "sanitizer:partial")
+    monkeypatch.setattr(child.signal, "signal", lambda *args: None)
+    assert child.run("sanitizer", str(tmp_path), 60.0, True) == child.PARTIAL
+    found = json.loads((tmp_path / "checks.json").read_text())["stages"]["sanitizer"]
+    assert found["status"] == "partial" and "asked to leave something" in found["notes"]
+    ended = SimpleNamespace(pid=-1, wait=lambda seconds: child.PARTIAL)
+    monkeypatch.setattr(runbook.subprocess, "Popen", lambda *args, **kwargs: ended)
+    monkeypatch.setattr(runbook, "stop", lambda process: None)
+    args = ["--dry-run", "--out", str(tmp_path), "--stages", "sanitizer", "--resume"]
+    assert runbook.main(args) == 1
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state["stages"]["sanitizer"]["status"] == "partial"
+
+
+def test_a_build_is_repeated_in_every_call(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run_stage(stage, out, dry, limit):
+        ran.append(stage.name)
+        record.Record(out, stage.name, dry, limit, "a test").save("done")
+        return {"status": "done", "seconds": 1}
+
+    monkeypatch.setattr(record, "environment", lambda dry: {})
+    monkeypatch.setattr(record, "smi", lambda: None)
+    monkeypatch.setattr(runbook, "run_stage", run_stage)
+    monkeypatch.setattr(runbook, "no_gpu", lambda: None)
+    for call in CALLS:
+        args = ["--out", str(tmp_path), "--call", str(call)]
+        assert runbook.main(args if call == 1 else [*args, "--resume"]) == 0
+    assert ran.count("build") == 3 and sorted(set(ran)) == sorted(NAMES)
+    assert len(ran) == len(NAMES) + 2
+    assert "at most 560 s" not in capsys.readouterr().out  # what the others need is kept for them
+
+
+def test_a_stage_is_given_what_those_before_it_left():
+    first, second, third = stages = of_call(2)[:3]
+    planned = sum(s.limit for s in stages)
+    assert allowance(stages, planned) == first.limit
+    assert allowance(stages, planned + 40) == first.limit + 40
+    assert allowance(stages[1:], 1000) == MOST
+    assert allowance(stages, first.limit - 10) == first.limit - 10
+    assert allowance([third], 30) == 30
+
+
+def test_a_broken_list_of_stages_is_made_anew_from_the_results(tmp_path, capsys):
+    def stage(status: str) -> dict:
+        return {"status": status, "dry_run": True, "seconds": 1.0, "rows": []}
+
+    made = {"build": stage("done"), "tests": stage("partial")}
+    whole = {"schema": 1, "kind": "fastres-gpu", "stages": made}
+    (tmp_path / "checks.json").write_text(json.dumps(whole))
+    (tmp_path / "kernels.json").write_text("{")
+    (tmp_path / "state.json").write_text('{"schema": 1, "stages"')
+    found = open_state(tmp_path, True, True)["stages"]
+    assert {k: v["status"] for k, v in found.items()} == {"build": "done", "tests": "partial"}
+    said = capsys.readouterr().err
+    for name in ("state.json", "kernels.json"):
+        (aside,) = tmp_path.glob(f"{name}.corrupt-*")
+        assert f"{name} cannot be read" in said and f"set aside as {aside.name}" in said
+    assert said.count("\n") == 2 and not (tmp_path / "kernels.json").exists()
+    # a stage whose results are gone is not done
+    listed = {"build": {"status": "done"}, "kernels": {"status": "done"}}
+    old = {"schema": 1, "kind": "fastres-gpu-state", "dry_run": True, "stages": listed}
+    (tmp_path / "state.json").write_text(json.dumps(old))
+    assert set(open_state(tmp_path, True, True)["stages"]) == {"build", "tests"}
+
+
+@pytest.mark.parametrize("name, whole, message", [
+    ("state.json", {"schema": 9, "kind": "fastres-gpu-state"}, r"state.json is version 9 of"),
+    ("train.json", {"schema": 9, "kind": "fastres-gpu"}, r"train.json is version 9 .* version 1$"),
+    ("train.json", {"schema": 1, "kind": "other"}, r"train.json is of kind 'other'"),
+])  # fmt: skip
+def test_results_of_another_version_are_refused_by_name(tmp_path, capsys, name, whole, message):
+    text = json.dumps(whole | {"dry_run": True, "stages": {}})
+    (tmp_path / name).write_text(text)
+    assert runbook.main(["--dry-run", "--out", str(tmp_path), "--resume"]) == 2
+    assert re.search(message, capsys.readouterr().err.strip())
+    assert (tmp_path / name).read_text() == text
+
+
+def test_rows_of_an_unfinished_run_are_taken_over_by_the_same_commit_only(tmp_path, monkeypatch):
+    def at(commit: str) -> record.Record:
+        env = {"date": "d", "commit": commit, "torch": "2.14.1", "uuid": "GPU-1"}
+        monkeypatch.setattr(record, "environment", lambda dry: env)
+        return record.Record(tmp_path, "kernels", True, 60.0, "a test")
+
+    first = at("a")
+    first.add(case="x", good=True)
+    first.add(case="y", good=False)
+    first.save("partial")
+    second = at("a")
+    assert json.loads((tmp_path / "kernels.json").read_text())["stages"]["kernels"]["rows"]
+    assert [r["case"] for r in second.keep(lambda row: row["good"])] == ["x"]
+    second.add(case="z", good=True)
+    assert [r["case"] for r in second.rows] == ["x", "z"]
+    assert second.found["kept"] == [{"rows": 1, "date": "d", "uuid": "GPU-1"}]
+    second.save("partial")
+    for other in ("b", "unknown"):
+        third = at(other)
+        assert third.keep(lambda row: True) == []
+        assert (
+            f"written over, it had another commit ({'a' if other == 'b' else 'b'}"
+            in (third.found["notes"][0])
+        )
+        third.add(case="w")
+        third.save("partial")
+
+
+def test_a_network_that_lacks_a_variant_for_want_of_time_is_measured_again(tmp_path, monkeypatch):
+    from bench.gpu import nets
+
+    monkeypatch.setattr(record, "environment", lambda dry: {})
+    monkeypatch.setattr(nets, "machine", lambda device: {})
+    monkeypatch.setattr(nets, "checked", lambda *args: {})
+    dev = SimpleNamespace(dry=False, empty=lambda: None, triton=contextlib.nullcontext)
+    asked, late = [], True
+
+    def measure(device, rec, config, answers, found):
+        asked.append(config.name)
+        why = {"error": "not checked: no time left"} if late and config.batch == 32 else {}
+        whose = {k: getattr(config, k) for k in nets.CONFIG}
+        return [rec.add(**whose, variant="eager bf16", status="failed", **why)]
+
+    monkeypatch.setattr(nets, "measure", measure)
+    rec = record.Record(tmp_path, "train", False, 60.0, "a test")
+    nets.train(dev, rec)
+    assert rec.partial and asked == [c.name for c in nets.TRAIN]
+    rec.save("partial")
+    asked.clear()
+    late = False
+    rec = record.Record(tmp_path, "train", False, 60.0, "a test")
+    nets.train(dev, rec)
+    assert asked == ["resnet50|32|train", "resnet18|32|train"] and not rec.partial
+    assert len(rec.rows) == 4
+
+
+def test_tests_that_passed_before_are_not_run_again(tmp_path, monkeypatch):
+    from bench.gpu import pytest_log
+
+    (tmp_path / "done").write_text(json.dumps(["tests/a.py::x"]))
+    monkeypatch.setenv("FASTRES_TEST_DONE", str(tmp_path / "done"))
+    items = [SimpleNamespace(nodeid=f"tests/a.py::{name}") for name in "xy"]
+    pytest_log.pytest_collection_modifyitems(None, items)
+    assert [i.nodeid for i in items] == ["tests/a.py::y"]
+
+
+def test_a_bare_machine_takes_the_module_that_was_brought_back(tmp_path, monkeypatch):
+    root, out = tmp_path / "root", tmp_path / "out"
+    for file in ("csrc/a.cu", "CMakeLists.txt", "setup.py"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(file)
+    suffix = checks.importlib.machinery.EXTENSION_SUFFIXES[0]
+    module, info = root / "fastres" / f"_C{suffix}", root / "fastres" / "_build_info.json"
+    module.parent.mkdir()
+    ran, importable = [], [False]
+
+    def call(argv, **kwargs):
+        ran.append(argv)
+        if "pip" in argv:
+            module.write_text("built")
+            info.write_text("{}")
+            importable[0] = True
+        return SimpleNamespace(returncode=int(not importable[0]), stdout="", stderr="no module")
+
+    monkeypatch.setattr(record, "environment", lambda dry: {})
+    monkeypatch.setattr(checks, "ROOT", root)
+    monkeypatch.setattr(checks.subprocess, "run", call)
+
+    def build() -> record.Record:
+        out.mkdir(exist_ok=True)
+        ran.clear()
+        rec = record.Record(out, "build", False, 60.0, "a test")
+        checks.build(SimpleNamespace(dry=False), rec)
+        rec.save("done")
+        return rec
+
+    def pip() -> bool:
+        return any("pip" in argv for argv in ran)
+
+    assert build().found["installed"] and pip()
+    assert {p.name for p in (out / "module").iterdir()} == {module.name, "_build_info.txt"}
+    build()
+    assert not pip()  # the same machine
+    for file in (module, info):
+        file.unlink()
+    importable[0] = False
+    build()
+    assert not pip() and module.read_text() == "built" and info.read_text() == "{}"
+    module.unlink()
+    (out / "module" / module.name).write_text("cut")
+    build()
+    assert pip() and module.read_text() == "built"
+    (root / "csrc" / "a.cu").write_text("changed")
+    build()
+    assert pip()  # importable, but not of these sources
+
+
+def test_the_card_is_on_record(monkeypatch):
+    from fastres.bench import environment
+
+    asked = []
+
+    def nvidia_smi(argv):
+        asked.append(argv[1])
+        return ", ".join(k.upper() for k in record.SMI.split(",")) + "\nsecond card"
+
+    monkeypatch.setattr(environment, "command_output", nvidia_smi)
+    found = record.smi()
+    assert found["uuid"] == "UUID" and found["driver_version"] == "DRIVER_VERSION"
+    assert "uuid" in asked[0] and found["pci.bus_id"] == "PCI.BUS_ID"
