@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -38,13 +39,26 @@ def attempt(name: str, make: Callable[[], Callable[[], Any]]) -> Variant:
         return found
 
 
-def compiled(module: nn.Module, full: bool, freeze: bool) -> Callable[..., Any]:
+COMPILED = {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def compiles(
+    full: bool, why_not: str | None, build: Callable[[str | None], Callable[[], Any]]
+) -> list[Variant]:
+    """The variants of torch.compile that `build` makes, each from its mode: the default one, and
+    --full max-autotune beside it. One that says why_not, where that is not None."""
+    if why_not is not None:
+        return [Variant.missing("compile", why_not)]
+    torch._dynamo.reset()  # once: a second time would throw away what the first compiled
+    modes = COMPILED if full else {"compile": None}
+    return [attempt(name, functools.partial(build, mode)) for name, mode in modes.items()]
+
+
+def compiled(module: nn.Module, mode: str | None, freeze: bool) -> Callable[..., Any]:
     """torch.compile of a copy, called through so that its first call compiles with `freezing` where
-    asked (CPU inference); --full: max-autotune."""
+    asked (CPU inference)."""
     from torch._inductor import config
 
-    torch._dynamo.reset()
-    mode = "max-autotune-no-cudagraphs" if full else None
     call = torch.compile(copy.deepcopy(module), mode=mode)
 
     def run(*args: Any) -> Any:

@@ -125,10 +125,9 @@ class Session:
             except Exception as error:
                 if not is_out_of_memory(error) or batch == 1:
                     raise
-                error.__traceback__ = None  # its frames hold the tensors
+                error.__traceback__ = error.__context__ = None  # their frames hold the tensors
             batch //= 2
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+            release()
         if batch != asked:
             self.halved.append(f"{label}: out of memory at batch {asked}, ran batch {batch}")
         return result

@@ -99,7 +99,7 @@ def _run(case: Case, batch: int, benchmark: Any, session: Session) -> None:
         variants = [
             Variant(OURS, in_turn(stepper(fused, fused, case.mode, context), sets)),
             Variant("eager", in_turn(stepper(plain, plain, case.mode, context), sets)),
-            _compiled(case, plain, sets, session, context),
+            *_compiled(case, plain, sets, session, context),
         ]
         saved = {}
         if case.mode == "train":
@@ -125,16 +125,13 @@ def _block(label: str) -> shapes.Block:
 
 def _compiled(
     case: Case, plain: nn.Module, sets: list[Tensor], session: Session, context: Callable[[], Any]
-) -> Variant:
-    name = "compile"
-    if session.tiny or not (case.compile or session.full):
-        return Variant.missing(name, "of this block with --full only")
-
-    def make() -> Callable[[], Any]:
+) -> list[Variant]:
+    def build(mode: str | None) -> Callable[[], Any]:
         freeze = case.mode == "inference" and session.device == "cpu"
-        call = peers.compiled(plain, session.full, freeze)
+        call = peers.compiled(plain, mode, freeze)
         step = stepper(call.module, call, case.mode, context, torch.no_grad)
         step(sets[0])
         return in_turn(step, sets)
 
-    return peers.attempt(name, make)
+    left = session.tiny or not (case.compile or session.full)
+    return peers.compiles(session.full, "of this block with --full only" if left else None, build)

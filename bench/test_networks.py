@@ -76,7 +76,7 @@ def _run(case: Case, batch: int, benchmark: Any, session: Session) -> None:
         }
         peak = {name: _peak(step) for name, step in steps.items()}
         variants = [Variant(name, step) for name, step in steps.items()]
-        variants.append(_compiled(case, plain, x, labels, context, session))
+        variants += _compiled(case, plain, x, labels, context, session)
         if not train and device == "cpu":
             variants += _peers(case, plain, x, session)
         # A GradScaler asks the device whether to step, which a graph cannot.
@@ -137,19 +137,16 @@ def _compiled(
     labels: Tensor,
     context: Callable[[], Any],
     session: Session,
-) -> Variant:
-    name = "compile"
-    if session.tiny or not (case.compile or session.full):
-        return Variant.missing(name, "of this network with --full only")
-
-    def make() -> Callable[[], Any]:
+) -> list[Variant]:
+    def build(mode: str | None) -> Callable[[], Any]:
         freeze = case.mode == "inference" and session.device == "cpu"
-        call = peers.compiled(plain, session.full, freeze)
+        call = peers.compiled(plain, mode, freeze)
         step = _step(case, call.module, call, x, labels, context, torch.no_grad)
         step()
         return step
 
-    return peers.attempt(name, make)
+    left = session.tiny or not (case.compile or session.full)
+    return peers.compiles(session.full, "of this network with --full only" if left else None, build)
 
 
 def _peers(case: Case, plain: nn.Module, x: Tensor, session: Session) -> list[Variant]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -227,9 +228,25 @@ def take_turns(
         others(before=False)
         done["rounds"] += 1
 
-    benchmark.pedantic(lambda: _calls(ours, iters), setup=setup, teardown=teardown, rounds=rounds)
+    try:
+        benchmark.pedantic(
+            lambda: _calls(ours, iters), setup=setup, teardown=teardown, rounds=rounds
+        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            _reuse(benchmark)
+        raise
     if benchmark.stats is not None:
         ours.seconds = list(benchmark.stats.stats.data)
+
+
+def _reuse(benchmark: Any) -> None:
+    """Makes the fixture as new after rounds that ran out of memory, for those of half the batch: by
+    itself it refuses a second use. The rounds there were are left out of every table and file."""
+    if benchmark.stats is not None:
+        benchmark.stats.stats.data.clear()
+        benchmark.stats.fixture = SimpleNamespace(has_error=True)
+    benchmark._mode, benchmark.has_error, benchmark.stats = None, False, None
 
 
 def _calls(variant: Variant, iters: int) -> None:

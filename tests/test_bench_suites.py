@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
+import inspect
 import json
 import os
 import subprocess
@@ -247,6 +249,40 @@ def test_out_of_memory_halves_the_batch_and_says_so(error):
         made.need(1 << 60)
 
 
+@pytest.mark.parametrize("whose", ["fastres", "eager"])
+def test_out_of_memory_in_the_timed_rounds_halves_the_batch(monkeypatch, whose):
+    """With pytest-benchmark's own fixture, which is used once only."""
+    from pytest_benchmark.fixture import BenchmarkFixture
+    from pytest_benchmark.plugin import pytest_benchmark_generate_json
+
+    monkeypatch.setattr(timing.CLOCK, "cuda", False)
+    kept: list = []
+    options = dict.fromkeys(inspect.signature(BenchmarkFixture).parameters)
+    options |= {"add_stats": kept.append, "disabled": False, "min_time": 0, "max_time": 0}
+    options["timer"] = SimpleNamespace(target=timing.timer)
+    options["node"] = SimpleNamespace(name="case", nodeid="case")
+    benchmark = BenchmarkFixture(**options)
+    made, calls = session.Session(), {}
+
+    def run(batch):
+        def call(name):
+            calls[name, batch] = calls.get((name, batch), 0) + 1
+            if (name, batch) == (whose, 8) and calls[name, batch] > 6:  # after the warm-up
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        variants = [timing.Variant(n, lambda n=n: call(n)) for n in ("fastres", "eager")]
+        monkeypatch.setattr(timing, "warm_up", lambda *a: 1.0)
+        timing.take_turns(benchmark, variants, 8.0)
+        return variants
+
+    ours, eager = made.halving("case", 8, run)
+    assert made.halved == ["case: out of memory at batch 8, ran batch 4"]
+    assert calls[whose, 8] == 7 and len(ours.seconds) == len(eager.seconds) >= 5
+    found = pytest_benchmark_generate_json(None, kept, False, {}, {})["benchmarks"]
+    assert len(kept) == 2 and [f["stats"]["rounds"] for f in found] == [len(ours.seconds)]
+    assert [bool(k) for k in kept] == [False, True]
+
+
 def test_variants_take_turns_and_ratios_are_within_rounds(monkeypatch):
     now, order = [0.0], []
     monkeypatch.setattr(timing.CLOCK, "cuda", False)
@@ -389,6 +425,39 @@ def test_all_variants_become_graphs_or_none_does():
     mixed = [timing.Variant("fastres", able), timing.Variant("eager", unable)]
     assert "eager cannot be captured: RuntimeError" in timing.graph_all(mixed, 8, capture)
     assert [v.call for v in mixed] == [able, unable] and not any(v.graph for v in mixed)
+
+
+def test_full_times_max_autotune_beside_the_default_mode(monkeypatch):
+    from bench import peers, test_blocks, test_ops
+
+    modes, resets = [], []
+
+    def compile_(module, mode):
+        modes.append(mode)
+        if mode is not None and not module.training:
+            raise RuntimeError("no such kernel")
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    plain, sets = torch.nn.Conv2d(2, 2, 1), [torch.randn(1, 2, 3, 3, requires_grad=True)]
+    case = SimpleNamespace(mode="train", compile=False)
+
+    def block(**options):
+        made = session.Session(**options)
+        return test_blocks._compiled(case, plain, sets, made, contextlib.nullcontext)
+
+    found = block(full=True)
+    assert [v.name for v in found] == ["compile", "compile max-autotune"] == list(peers.COMPILED)
+    assert modes == [None, "max-autotune-no-cudagraphs"] and len(resets) == 1
+    assert all(v.status == "ok" and v.call is not None for v in found)
+    (left,) = block(full=False)
+    assert (left.name, left.status) == ("compile", "not measured") and len(modes) == 2
+    case.mode = "inference"
+    plain.eval()
+    default, tuned = block(full=True)
+    assert default.status == "ok" and tuned.reason == "RuntimeError: no such kernel"
+    assert len(test_ops._compiled(case, plain, sets, session.Session(full=True))) == 1
 
 
 def test_cudnn_sees_the_strides_of_a_1x1_weight():
