@@ -225,6 +225,21 @@ def read(path: Path, who: dict[str, str]) -> dict[Key, Entry]:
     return entries
 
 
+def tell_stale(who: dict[str, str]) -> None:
+    """A line in the log where this device was tuned, but with other versions or another driver."""
+    mine = cache_file(who)
+    others = mine.parent.glob(f"{mine.name.rpartition('-')[0]}-*.json")
+    with contextlib.suppress(OSError, ValueError):  # gone meanwhile, or corrupt
+        newest = max((p for p in others if p != mine), key=lambda p: p.stat().st_mtime)
+        found = decode(newest.read_text())[0]
+        if found.get("device") == who["device"]:
+            differ = [f"{k} ({found.get(k)}, here {who[k]})" for k in who if found.get(k) != who[k]]
+            log.warning(
+                "fastres: this device's plan %s is left aside, it was measured with another %s; "
+                "fastres.tune measures again", newest.name, ", ".join(differ),
+            )  # fmt: skip
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One writer at a time; where the system has no such locks, the atomic rename still holds."""
@@ -276,6 +291,8 @@ class Plan:
         self.unsaved: str | None = None  # why the last measurements are not in the file
         self.packaged: dict[Key, Entry] = {}
         self.cached: dict[Key, Entry] = read(cache_file(who), who)
+        if not self.cached:
+            tell_stale(who)
         self.version = next(_versions)  # moves when a choice may have changed
         for path in sorted(TABLES.glob("*.json")):
             try:

@@ -57,6 +57,8 @@ class TimeLimit(Exception):
 class Progress(Protocol):
     """What tune reports to; `fastres.bench.progress.Progress` is one."""
 
+    def expect(self, total: int) -> None: ...
+
     def say(self, text: str) -> None: ...
 
     def step(self, text: str | None = None, units: int = 1) -> None: ...
@@ -168,11 +170,13 @@ def tune(
         targets = [t for mode in modes for t in distinct(model, sample, mode == "training")]
         if missing:
             targets = [t for t in targets if current.lookup(t.key) is None]
+        if progress is not None:
+            progress.expect(len(targets))
         share = seconds / max(len(targets), 1)
         isolate = device.type == "cuda" if isolate is None else isolate
         for i, target in enumerate(targets):
             if progress is not None:
-                progress.say(f"{target.path} {target.key.mode}")
+                progress.say(f"{i + 1} of {len(targets)}: {target.path} {target.key.mode}")
             fair = max(deadline - time.monotonic(), 0) / (len(targets) - i)
             try:
                 _in_time(deadline)

@@ -128,6 +128,23 @@ def test_other_kernels_are_another_identity(monkeypatch, tmp_path):
         plan._kernels_digest.cache_clear()
 
 
+def test_a_plan_of_another_version_is_left_aside_with_a_line(cache, caplog):
+    """Its name differs, so it is never read as this version's."""
+    old = WHO | {"torch": "0.9"}
+    plan.merge(plan.cache_file(old), old, {key(): entry()})
+    elsewhere = WHO | {"device": "another"}
+    plan.merge(plan.cache_file(elsewhere), elsewhere, {key(): entry()})
+    assert plan.Plan(WHO).empty
+    assert caplog.text.count("left aside, it was measured with another torch (0.9, here") == 1
+    assert "driver" not in caplog.text and plan.cache_file(old).exists()
+    caplog.clear()
+    plan.merge(plan.cache_file(WHO), WHO, {key(): entry()})
+    assert not plan.Plan(WHO).empty and not caplog.text
+    plan.cache_file(WHO).unlink()
+    plan.cache_file(old).write_text("{")
+    assert plan.Plan(WHO).empty and not caplog.text
+
+
 def test_a_foreign_file_is_ignored_and_says_why(cache, caplog):
     path = cache / "plan-x.json"
     path.write_text(plan.encode({**WHO, "driver": "0.9"}, {key(): entry()}, None))
@@ -545,8 +562,10 @@ def test_the_command_passes_its_limits_on_and_keeps_what_sigterm_leaves(cache, m
     (file,) = cache.glob("plan-*.json")
     assert len(json.loads(file.read_text())["entries"]) == 2
     said = capsys.readouterr().err
+    total = int(said.partition("] 1 of ")[2].partition(":")[0])
+    assert total >= 8 and f"] 3 of {total}: " in said
     assert f"2 blocks are saved in {file}; --missing goes on with the others" in said
-    assert cli.main([*TUNE, "--missing"]) == 0 and len(calls) > 3
+    assert cli.main([*TUNE, "--missing"]) == 0 and len(calls) == 3 + total - 2
     count = len(calls)
     assert cli.main([*TUNE, "--missing"]) == 0 and len(calls) == count
     assert "nothing is missing" in capsys.readouterr().out

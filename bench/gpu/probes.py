@@ -20,13 +20,17 @@ FORMS = ("conv", "conv+genstats", "scale-bias-relu-conv+genstats", "conv+scale-b
 
 
 def conv_shapes(dry: bool) -> list[Any]:
-    """The convolutions of ResNet-50, each once."""
+    """The convolutions of ResNet-50, then what ResNet-18 adds, each once: the deeper ResNets have
+    no others, but for ResNeXt's groups."""
     from fastres import roofline
 
-    net = network("resnet50", dry).to("meta")
     shape = (2, 3, DRY_SIZE, DRY_SIZE) if dry else (256, 3, SIZE, SIZE)
-    kernels = roofline.model(net, shape, "bf16", "a").kernels
-    return list(dict.fromkeys(k.shape for k in kernels if k.shape is not None))
+    found: dict[Any, None] = {}
+    for name in ("resnet50", "resnet18"):
+        net = network(name, dry).to("meta")
+        kernels = roofline.model(net, shape, "bf16", "a").kernels
+        found |= dict.fromkeys(k.shape for k in kernels if k.shape is not None)
+    return list(found)
 
 
 def frontend() -> tuple[Any, str | None]:
@@ -38,8 +42,11 @@ def frontend() -> tuple[Any, str | None]:
     return cudnn, None
 
 
-def build_graph(cudnn: Any, handle: Any, form: str, s: Any, dtype: torch.dtype) -> Callable:
-    """A call that runs `form` on fresh tensors of shape s; raises when cuDNN has no engine."""
+def declare_graph(
+    cudnn: Any, handle: Any, form: str, s: Any, dtype: torch.dtype, where: str = "cuda"
+) -> tuple[Any, dict[Any, torch.Tensor]]:
+    """The operation graph of `form`, and fresh tensors of shape s for it; raises when cuDNN cannot
+    express it. Needs no GPU (with a frontend whose graphs need none)."""
     kind = cudnn.data_type.BFLOAT16 if dtype == torch.bfloat16 else cudnn.data_type.HALF
     float32 = cudnn.data_type.FLOAT
     graph = cudnn.pygraph(
@@ -47,11 +54,11 @@ def build_graph(cudnn: Any, handle: Any, form: str, s: Any, dtype: torch.dtype) 
     )
 
     def activation(*size: int) -> torch.Tensor:
-        t = torch.randn(size, device="cuda").to(dtype)
+        t = torch.randn(size, device=where).to(dtype)
         return t.contiguous(memory_format=torch.channels_last)
 
     def vector(n: int) -> torch.Tensor:
-        return torch.rand(1, n, 1, 1, device="cuda").to(dtype)
+        return torch.rand(1, n, 1, 1, device=where).to(dtype)
 
     def declare(t: torch.Tensor, name: str) -> Any:
         """By the strides of channels_last: torch leaves NCHW's where a size is 1."""
@@ -79,7 +86,7 @@ def build_graph(cudnn: Any, handle: Any, form: str, s: Any, dtype: torch.dtype) 
     if form.endswith("genstats"):
         for node in graph.genstats(input=y):
             node.set_output(True).set_data_type(float32)
-            pack[node] = torch.empty(1, s.K, 1, 1, device="cuda")
+            pack[node] = torch.empty(1, s.K, 1, 1, device=where)
     if form.endswith("scale-bias-relu"):
         scaled = graph.scale(input=y, scale=given(vector(s.K), "oscale"))
         y = graph.relu(input=graph.bias(input=scaled, bias=given(vector(s.K), "obias")))
@@ -88,6 +95,12 @@ def build_graph(cudnn: Any, handle: Any, form: str, s: Any, dtype: torch.dtype) 
     pack[y] = activation(*s.y)
     graph.validate()
     graph.build_operation_graph()
+    return graph, pack
+
+
+def build_graph(cudnn: Any, handle: Any, form: str, s: Any, dtype: torch.dtype) -> Callable:
+    """A call that runs `form` on fresh tensors of shape s; raises when cuDNN has no engine."""
+    graph, pack = declare_graph(cudnn, handle, form, s, dtype)
     graph.create_execution_plans([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     graph.check_support()
     graph.build_plans()
@@ -107,7 +120,7 @@ def cudnn(device: Device, record: Record) -> None:
     shapes = conv_shapes(device.dry)
     record.set(forms=FORMS, shapes=len(shapes))
     if why is None and device.dry:
-        why = "a dry run has no GPU"
+        why = f"a dry run has no GPU; {declared(module, shapes)}"
     if why is not None:
         record.note(f"not measured: {why}")
         table("cudnn", ("shapes", "state"), [(len(shapes), "not measured")])
@@ -130,6 +143,17 @@ def cudnn(device: Device, record: Record) -> None:
     record.set(not_tried=untried)
     if untried:
         record.unfinished(f"not tried: {untried} of {len(record.rows)}, for lack of time")
+
+
+def declared(module: Any, shapes: list[Any]) -> str:
+    """How many graphs can be expressed, which asks no GPU."""
+    try:
+        for s in shapes:
+            for form in FORMS:
+                declare_graph(module, None, form, s, torch.bfloat16, "cpu")
+    except Exception as error:
+        return f"{form} is not expressed: {one_line(error)}"
+    return f"{len(shapes) * len(FORMS)} graphs are expressed"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -53,6 +53,12 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def expect(self, total: int) -> None:
+        """How many units there are, where that is known later than the start."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
     def say(self, text: str) -> None:
         """What is being done now; off a terminal, a line with the seconds since the start."""
         if self._bar is not None:
