@@ -65,6 +65,31 @@ def test_a_build_is_repeated_in_every_call(tmp_path, monkeypatch, capsys):
     assert "at most 560 s" not in capsys.readouterr().out  # what the others need is kept for them
 
 
+def test_a_later_call_ends_with_what_an_earlier_one_left(tmp_path, monkeypatch):
+    ran, left = [], {"kernels", "tests"}
+
+    def run_stage(stage, out, dry, limit):
+        ran.append((stage.name, limit))
+        record.Record(out, stage.name, dry, limit, "a test").save("done")
+        how = "partial" if stage.name in left else "done"
+        return {"status": how, "seconds": 1}
+
+    monkeypatch.setattr(record, "environment", lambda dry: {})
+    monkeypatch.setattr(record, "smi", lambda: None)
+    monkeypatch.setattr(runbook, "run_stage", run_stage)
+    monkeypatch.setattr(runbook, "no_gpu", lambda: None)
+    assert runbook.main(["--out", str(tmp_path), "--call", "1"]) == 1
+    ran.clear()
+    left.discard("kernels")
+    assert runbook.main(["--out", str(tmp_path), "--call", "2", "--resume"]) == 1
+    own = [s.name for s in of_call(2)]
+    assert [name for name, _ in ran] == [*own, "kernels", "tests"]
+    assert all(seconds >= s.limit for s, (_, seconds) in zip(of_call(2), ran, strict=False))
+    ran.clear()
+    assert runbook.main(["--out", str(tmp_path), "--call", "3", "--resume"]) == 1
+    assert [name for name, _ in ran] == [*(s.name for s in of_call(3)), "tests"]
+
+
 def test_a_stage_is_given_what_those_before_it_left():
     first, second, third = stages = of_call(2)[:3]
     planned = sum(s.limit for s in stages)

@@ -208,7 +208,7 @@ def test_a_spent_budget_is_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--stages", "kernel"], r"unknown stage 'kernel'; known: build, doctor, tests, kernels"),
+    (["--stages", "kernel"], r"unknown stage 'kernel'; known: build, doctor, kernels, tests"),
     (["--stages", ","], r"no stage; known: build"),
     (["--budget", "0", "--dry-run"], r"argument --budget: must be positive, got 0"),
     (["--out", __file__, "--dry-run"], r"is not a folder"),
@@ -313,12 +313,18 @@ def test_the_streaming_kernels_share_of_copy_bandwidth():
 
 
 def test_each_conv_of_the_network_is_in_the_sums_once():
-    """ResNet-50 has 53 convs, and no dgrad of the images."""
+    """ResNet-50 has 53 convs, and no dgrad of the images. They come before other forms, after the
+    streaming kernels."""
     from bench.gpu.kernels import all_cases
 
-    found = {op: sum(c.c2 for c in all_cases(False) if c.op == op)
-             for op in ("fprop", "dgrad", "wgrad")}  # fmt: skip
+    cases = all_cases(False)
+    found = {op: sum(c.c2 for c in cases if c.op == op) for op in ("fprop", "dgrad", "wgrad")}
     assert found == {"fprop": 53, "dgrad": 52, "wgrad": 53}
+    worth = [
+        0 if c.op not in numbers.CONV_OPS else 2 if c.op == "backward" else 1 if c.c2 else 3
+        for c in cases
+    ]
+    assert worth == sorted(worth) and set(worth) == {0, 1, 2, 3}
 
 
 def test_a_job_that_crashes_costs_itself_only(monkeypatch):

@@ -151,9 +151,10 @@ def print_plan() -> None:
         print(f"call {call} (at most {CALL_SECONDS} s): {what}")
         print(f"    python -m bench.gpu --call {call}{again}")
     print(
-        "\nA stage that ends early leaves its time to those after it. Where the machine is\n"
-        "bare at each call, bring the folder of results back after it and put it there again\n"
-        "before the next: the JSON files say what is done, module/ spares the build. docs/gpu.md"
+        "\nA stage that ends early leaves its time to those after it, at last to those that an\n"
+        "earlier call did not finish. Where the machine is bare at each call, bring the folder\n"
+        "of results back after it and put it there again before the next: the JSON files say\n"
+        "what is done, module/ spares the build. docs/gpu.md"
     )
 
 
@@ -174,6 +175,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"no GPU: {why}. --dry-run runs every stage on the CPU")
         out = Path(options.out)
         state = open_state(out, options.resume, options.dry_run)
+        if options.call is not None:
+            left = {n for n, s in state["stages"].items() if s["status"] in ("partial", "timeout")}
+            stages = of_call(options.call, left)
     except UsageError as error:
         say(str(error))
         return BAD_INPUT
