@@ -205,31 +205,32 @@ def _source(launch):
     return ASTSource(launch.kernel, names, constexprs, attributes)
 
 
-def compile_launch(target: str, launch) -> Record:
-    """Compile, read, count."""
+def compiled_of(target: str, launch):
+    """(what Triton compiles, the compiled kernel)"""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    backend, arch, lanes = TARGETS[target]
-    warps = launch.warps * 32 // lanes  # as `launch` does
-    options = {"num_warps": warps}
+    backend, _, lanes = TARGETS[target]
+    options = {"num_warps": launch.warps * 32 // lanes}  # as `launch` does
     if launch.stages is not None:
         options["num_stages"] = launch.stages
     if launch.maxnreg is not None and backend == "cuda":
         options["maxnreg"] = launch.maxnreg
-    compiled = triton.compile(
-        _source(launch), target=GPUTarget(backend, arch, lanes), options=options
-    )
-    read = _read_cuda if backend == "cuda" else _read_hip
+    source = _source(launch)
+    return source, triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def compile_launch(target: str, launch) -> Record:
+    """Compile, read, count."""
+    _, compiled = compiled_of(target, launch)
+    read = _read_cuda if TARGETS[target][0] == "cuda" else _read_hip
     found = read(compiled, _pointers(launch.kernel))
     shared = compiled.metadata.shared
     # None and 0: not asked for
     columns = getattr(compiled.metadata, "tmem_size", 0) or 0
-    programs = _programs(target, warps, found["registers"], shared, columns)
-    return Record(
-        **_identity(target, launch), shared=shared, programs=programs, **found,
-        wide_wanted=launch.wide,
-    )  # fmt: skip
+    identity = _identity(target, launch)
+    programs = _programs(target, identity["warps"], found["registers"], shared, columns)
+    return Record(**identity, shared=shared, programs=programs, **found, wide_wanted=launch.wide)
 
 
 def _identity(target: str, launch) -> dict:

@@ -21,7 +21,7 @@ import aot
 import pytest
 
 
-def _subprocess(code_or_script: list[str]) -> subprocess.CompletedProcess:
+def subprocess_of(code_or_script: list[str]) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *code_or_script],
@@ -44,7 +44,7 @@ def test_triton_kernels_compile_within_budget(target):
 
     if {"cuda": "nvidia", "hip": "amd"}[aot.TARGETS[target][0]] not in backends:
         pytest.skip(f"this Triton build has no backend for {target}: {sorted(backends)}")
-    done = _subprocess(["aot.py", "--some", target])
+    done = subprocess_of(["aot.py", "--some", target])
     assert done.returncode == 0, done.stderr[-4000:]
     records = [aot.from_dict(json.loads(line)) for line in done.stdout.splitlines()]
     kernels = {r.kernel for r in records}
@@ -133,7 +133,7 @@ def test_another_batch_or_resolution_compiles_nothing():
         "    new = sorted(kernels(*size) - first)\n"
         "    assert len(new) <= 4 and all('finalise' in k for k, _ in new), (size, new)"
     )
-    done = _subprocess(["-c", code])
+    done = subprocess_of(["-c", code])
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -148,15 +148,15 @@ def test_a_tile_that_spills_is_found():
         "launch = dataclasses.replace(launch, warps=4, constants={**launch.constants, **tile})\n"
         "print('\\n'.join(aot.compile_launch('sm_90', launch).problems()))"
     )
-    done = _subprocess(["-c", code])
+    done = subprocess_of(["-c", code])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "spills" in done.stdout
 
 
 def test_triton_is_not_imported_with_the_package():
-    done = _subprocess(["-c", "import fastres.kernels, sys; print('triton' in sys.modules)"])
+    done = subprocess_of(["-c", "import fastres.kernels, sys; print('triton' in sys.modules)"])
     # torch itself may import triton: what counts is what fastres adds to it
-    alone = _subprocess(["-c", "import torch, sys; print('triton' in sys.modules)"])
+    alone = subprocess_of(["-c", "import torch, sys; print('triton' in sys.modules)"])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == alone.stdout
 
@@ -170,7 +170,7 @@ def test_triton_rejects_cpu_tensors_without_the_interpreter():
         "except RuntimeError as e:\n    print(e)\n"
         "print(a.sum().item())"
     )
-    done = _subprocess(["-c", code])
+    done = subprocess_of(["-c", code])
     assert done.returncode == 0, done.stderr[-2000:]
     message, total = done.stdout.splitlines()
     assert "CUDA or HIP tensors" in message and "TRITON_INTERPRET=1" in message and "cpu" in message

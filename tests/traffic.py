@@ -1,8 +1,9 @@
-"""Bytes that the Triton kernels load and store, counted in the interpreter address by address.
+"""Bytes that the Triton kernels load and store, counted address by address.
 
 `metered()` wraps the functions of docs/kernels.md. Each call becomes a `Call`: for every
 activation, weight or mask of its arguments the distinct bytes that each of its launches loads and
-stores, which is what crosses memory once a launch."""
+stores, which is what crosses memory once a launch. The addresses are those of Triton's interpreter,
+or of compiled kernels (compiled_bytes.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import bisect
 import contextlib
 import importlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,16 +84,21 @@ class _Memory:
             for span in self.spans
         }
 
-    def touch(self, kind: str, addresses: np.ndarray) -> None:
-        addresses = np.unique(addresses)
+    def touch(self, kind: str, addresses: np.ndarray, width: int | None = None) -> None:
+        """width: bytes at each address; None: an element."""
         while addresses.size:
-            first = int(addresses[0])
+            first = int(addresses.min())
             at = bisect.bisect_right(self.spans, (first, 1 << 63)) - 1
             span = self.spans[at] if at >= 0 else (0, 0)
-            if not span[0] <= first < span[1]:
-                raise AssertionError(f"a {kind} at {first:#x}, outside the launch's tensors")
             inside = addresses < span[1]
-            self.seen[kind, span][(addresses[inside] - span[0]) // self.size[span]] = True
+            last = int(addresses[inside].max(initial=first)) + (width or 1)
+            if not span[0] <= first < last <= span[1]:
+                raise AssertionError(f"a {kind} at {first:#x}, outside the launch's tensors")
+            elements, rest = divmod(width or self.size[span], self.size[span])
+            assert elements and not rest, (width, self.size[span])
+            index = (addresses[inside] - span[0]) // self.size[span]
+            for i in range(elements):
+                self.seen[kind, span][index + i] = True
             addresses = addresses[~inside]
 
     def bytes(self, kind: str) -> Iterator[tuple[str, int]]:
@@ -106,15 +112,12 @@ class _Memory:
 
 
 @contextlib.contextmanager
-def metered() -> Iterator[list[Call]]:
-    """Inside, every call of the Triton backend's functions is counted. Interpreter only."""
+def interpreted() -> Iterator[Callable]:
+    """How a launch is counted: (memory, launch, *its arguments). Here: it runs in the
+    interpreter."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from fastres import kernels
-
-    calls: list[Call] = []
     current: list[_Memory] = []
-
     builder_load = InterpreterBuilder.create_masked_load
     builder_store = InterpreterBuilder.create_masked_store
 
@@ -128,6 +131,33 @@ def metered() -> Iterator[list[Call]]:
             current[-1].touch("store", _addresses(ptrs, mask))
         return builder_store(self, ptrs, value, mask, *rest, **options)
 
+    def run(memory, launch, *args, **options):
+        current.append(memory)
+        try:
+            launch(*args, **options)
+        finally:
+            current.pop()
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+    try:
+        yield run
+    finally:
+        InterpreterBuilder.create_masked_load = builder_load
+        InterpreterBuilder.create_masked_store = builder_store
+
+
+@contextlib.contextmanager
+def metered(counted=interpreted) -> Iterator[list[Call]]:
+    """Inside, every call of the Triton backend's functions is counted."""
+    from fastres import kernels
+
+    calls: list[Call] = []
+    with counted() as run, _patched(calls, run, kernels):
+        yield calls
+
+
+@contextlib.contextmanager
+def _patched(calls: list[Call], count: Callable, kernels) -> Iterator[None]:
     def launch(run, kernel, programs, args, *rest, **options):
         call = calls[-1]
         known = [p for a, v in call.arguments.items() for p in flat(a, v)]
@@ -139,20 +169,17 @@ def metered() -> Iterator[list[Call]]:
             lo, hi = _span(t)  # a row of `stats` is inside
             if not any(a <= lo and hi <= b for a, b in mine):
                 known.append((f"workspace {name}", t))
-        current.append(_Memory(known))
-        try:
-            run(kernel, programs, args, *rest, **options)
-        finally:
-            memory = current.pop()
+        memory = _Memory(known)
+        count(memory, run, kernel, programs, args, *rest, **options)
         call.launches += 1
         tensors = dict(known)
         for kind, large in (("load", call.reads), ("store", call.writes)):
-            for name, count in memory.bytes(kind):
+            for name, size in memory.bytes(kind):
                 # the finalise kernel of bn_stats reads the first row of x again
                 again = kernel.__name__ == "_bn_stats_finalise_kernel"
                 small = name.startswith("workspace") or not _large(tensors[name]) or again
                 into, key = (call.small, f"{kind} {name}") if small else (large, name)
-                into[key] = into.get(key, 0) + count
+                into[key] = into.get(key, 0) + size
 
     def function(name, run):
         parameters = list(inspect.signature(run).parameters)
@@ -163,8 +190,7 @@ def metered() -> Iterator[list[Call]]:
 
         return called
 
-    patched = [(InterpreterBuilder, "create_masked_load", load)]
-    patched.append((InterpreterBuilder, "create_masked_store", store))
+    patched = []
     for name in MODULES:
         module = importlib.import_module(f"fastres.kernels.{name}")
         real = module.launch
@@ -174,7 +200,7 @@ def metered() -> Iterator[list[Call]]:
     try:
         for owner, name, value in patched:
             setattr(owner, name, value)
-        yield calls
+        yield
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
