@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(options.out)
         state = open_state(out, options.resume, options.dry_run)
         if options.call is not None:
-            left = {n for n, s in state["stages"].items() if s["status"] in ("partial", "timeout")}
+            left = {n for n, s in state["stages"].items() if s["status"] != "done"}
             stages = of_call(options.call, left)
     except UsageError as error:
         say(str(error))
