@@ -55,17 +55,18 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
     # Measured on 2 Zen 4 cores against oneDNN (bench/results/cpu-winograd.json):
     # 1. transforms cost as much as they save for few channels, and tiles that hang over the edge
     #    are work without a result
-    if c < 32 or k < 32:
-        return "fewer than 32 channels"
+    if c < 16 or k < 16:
+        return "fewer than 16 channels"
     if n * oh * ow < 0.5 * tiles * TILE * TILE:
         return "most of each tile lies outside the image"
     # 2. training transforms the weights in every call, 4 times their size; wgrad its result
     if what != "inference" and tiles < 16:
         return "too few pixels for the transform of the weights"
     # 3. bf16: oneDNN multiplies twice as fast as in fp32, these kernels do not. What is left is a
-    #    gain where all weights stay in L2 and there are many tiles to use them on
+    #    gain where the transformed weights, or sums of wgrad, are few and used on many tiles
+    few = 256 if what == "inference" else 128
     if dtype == torch.bfloat16 and (
-        what == "wgrad" or min(c, k) < 64 or max(c, k) > 128 or tiles < 192 or matrix_unit()
+        max(c, k) > few or tiles < (32 if c * k <= 64 * 64 else 192) or matrix_unit()
     ):
         return "bf16 multiplies faster directly"
     return switched_off() or _native.why_missing()

@@ -14,10 +14,11 @@ from fastres import _winograd as wino
 
 CL = torch.channels_last
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# N, C, K, H, W, padding: both orders of loops (by tiles and by panels of weights), tiles over the
-# edge, one tile, more rows than a pass takes, channels that fill no vector and no panel
+# N, C, K, H, W, padding: both orders of loops (by tiles and by panels of weights), wgrad by parts of
+# the tiles (up to 4096 products of channels) and by chunks, several of each; tiles over the edge,
+# one tile, more rows than a pass takes, channels that fill no vector, no panel, or half of one
 SHAPES = [
-    (2, 64, 64, 56, 50, 1),
+    (2, 72, 72, 56, 50, 1),
     (9, 33, 70, 18, 21, 1),
     (2, 35, 24, 13, 7, 1),
     (1, 3, 1, 5, 3, 1),
@@ -25,8 +26,11 @@ SHAPES = [
     (1, 300, 20, 9, 6, 0),
     (2, 20, 50, 6, 5, 2),
     (1, 16, 33, 4, 4, 1),
+    (4, 16, 16, 32, 30, 1),
+    (2, 64, 48, 29, 31, 1),
+    (2, 16, 12, 14, 13, 1),
 ]
-THIN = SHAPES[1:3]
+THIN = [*SHAPES[1:3], SHAPES[-1]]
 
 
 def shapes():
@@ -166,11 +170,14 @@ GEOMETRY = [1, 1, 1, 1, 1, 1, 1]
         ("fprop", {"geometry": [1, 1, 1, 0, 1, 1, 1]}, "padding"),
         ("fprop", {"taps": (1, 1)}, "3x3"),
         ("fprop", {"dtype": torch.float16}, "float16"),
-        ("fprop", {"k": 16}, "32 channels"),
+        ("fprop", {"k": 12}, "16 channels"),
+        ("fprop", {"k": 16}, None),
         ("fprop", {"shape": (8, 64, 2, 2)}, "outside the image"),
         ("fprop", {"shape": (1, 512, 7, 7), "k": 512}, "too few pixels"),
         ("inference", {"shape": (1, 512, 7, 7), "k": 512}, None),
-        ("wgrad", {"dtype": torch.bfloat16}, "bf16"),
+        ("fprop", {"shape": (8, 256, 14, 14), "k": 256, "dtype": torch.bfloat16}, "bf16"),
+        ("wgrad", {"shape": (8, 256, 14, 14), "k": 256, "dtype": torch.bfloat16}, "bf16"),
+        ("wgrad", {"dtype": torch.bfloat16}, None),
     ],
 )
 def test_winograd_says_why_not(what, change, reason):

@@ -115,45 +115,46 @@ FASTRES_INLINE void both_ways(const VF (&in)[R][R], VF (&out)[S][S], const F& tr
   for (int i = 0; i < S; ++i) transform(half[i], out[i]);
 }
 
-// c (MR, kCols) = sum over k < depth of a[row, k] * b[k, kCols]; rows of c are c_row apart. Summed
-// kSlice at a time: a long sum in one accumulator would lose digits that a direct convolution
-// keeps.
+// c (MR, VECS * kW) (+)= sum over k < depth of a[row, k] * b[k, VECS * kW]; rows of c are c_row
+// apart. Summed kSlice at a time: a long sum in one accumulator would lose digits that a direct
+// convolution keeps.
 constexpr int64_t kSlice = 128;
 constexpr int64_t kAhead = 24;  // steps: the operands come from L2 and L3, in runs of a page
 
-template <int MR>
+template <int MR, int VECS = kVecs>
 FASTRES_INLINE void multiply(float* c, int64_t c_row, const float* a, int64_t a_row, int64_t a_step,
-                             const float* b, int64_t b_step, int64_t b_vec, int64_t depth) {
+                             const float* b, int64_t b_step, int64_t b_vec, int64_t depth,
+                             bool add_to = false) {
   const float* next = a + (a_step == 1 ? MR * a_row : kAhead * a_step);
   for (int64_t done = 0; done < depth; done += kSlice) {
     const int64_t end = min64(depth, done + kSlice);
-    VF acc[MR][kVecs];
-#pragma GCC unroll 16
+    VF acc[MR][VECS];
+#pragma GCC unroll 24
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = zero();
+      for (int v = 0; v < VECS; ++v) acc[r][v] = zero();
     }
     for (int64_t k = done; k < end; ++k, a += a_step, b += b_step, next += 16) {
-      VF bv[kVecs];
+      VF bv[VECS];
       fetch(next);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) {
+      for (int v = 0; v < VECS; ++v) {
         bv[v] = load(b + v * b_vec, Full{});
         fetch(b + v * b_vec + kAhead * b_step);
       }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (int r = 0; r < MR; ++r) {
         const VF x = splat(a[r * a_row]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, bv[v], acc[r][v]);
+        for (int v = 0; v < VECS; ++v) acc[r][v] = fma(x, bv[v], acc[r][v]);
       }
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 24
     for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) {
+      for (int v = 0; v < VECS; ++v) {
         float* to = c + r * c_row + v * kW;
-        store(to, done == 0 ? acc[r][v] : add(load(to, Full{}), acc[r][v]), Full{});
+        store(to, add_to || done > 0 ? add(load(to, Full{}), acc[r][v]) : acc[r][v], Full{});
       }
     }
   }
@@ -202,21 +203,29 @@ FASTRES_INLINE void read_window(VF (&d)[R][R], const T* origin, const Window& wi
   }
 }
 
-// For each vector of the channels of one tile: out(c, v) with v = transform(window).
+// For each vector of the first `count` of c channels of one tile: out(c, v) with
+// v = transform(window).
 template <int R, class T, class F, class Out>
-FASTRES_INLINE void transform_tile(const T* x, int64_t h, int64_t w, int64_t c, const Window& win,
-                                   const F& transform, const Out& out) {
+FASTRES_INLINE void transform_tile(const T* x, int64_t h, int64_t w, int64_t c, int64_t count,
+                                   const Window& win, const F& transform, const Out& out) {
   const T* origin = x + ((win.image * h + win.h) * w + win.w) * c;
+  // No hardware prefetcher follows so short runs: ask for the pixels that the tile below adds.
+  const T* below = origin + R * w * c;
   const auto at = [&](int64_t i, auto whole, auto lanes) {
     VF d[R][R], v[kHalo][kHalo];
+#pragma GCC unroll 4
+    for (int r = 0; r < kTile; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kTile; ++j) fetch(below + (r * w + j) * c + i);
+    }
     read_window<R, decltype(whole)::value>(d, origin + i, win, w * c, c, lanes);
     both_ways(d, v, transform);
     out(i, v);
   };
   const auto along = [&](auto whole) {
     int64_t i = 0;
-    for (; i + kW <= c; i += kW) at(i, whole, Full{});
-    if (i < c) at(i, whole, Tail(c - i));
+    for (; i + kW <= count; i += kW) at(i, whole, Full{});
+    if (i < count) at(i, whole, Tail(count - i));
   };
   if (win.whole(R)) {
     along(std::true_type{});

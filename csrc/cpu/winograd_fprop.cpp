@@ -9,12 +9,13 @@ namespace fastres {
 namespace FASTRES_ISA {
 namespace {
 
-constexpr int64_t kSkew = 16;       // floats: power-of-two strides would share one set of L1
-constexpr int64_t kRowGroup = 12;   // tiles of one pass of `multiply`, where they suffice
-constexpr int64_t kMostPanels = 4;  // so that the products of so many tiles stay in L2
-constexpr int64_t kMostTiles = 48;  // a panel of weights is then read every 24 flops a byte
-constexpr int64_t kL2 = 512 << 10;  // bytes: half of an L2
-constexpr int64_t kL3 = 12 << 20;   // bytes: part of an L3
+constexpr int64_t kSkew = 16;        // floats: power-of-two strides would share one set of L1
+constexpr int64_t kRowGroup = 12;    // tiles of one pass of `multiply`, where they suffice
+constexpr int64_t kMostPanels = 4;   // so that the products of so many tiles stay in L2
+constexpr int64_t kMostTiles = 48;   // a panel of weights is then read every 24 flops a byte
+constexpr int64_t kBlockTiles = 36;  // of a block whose weights stay in L2
+constexpr int64_t kL2 = 512 << 10;   // bytes: half of an L2
+constexpr int64_t kL3 = 12 << 20;    // bytes: part of an L3
 constexpr int64_t kHotWeights =
     3 << 20;  // bytes of transformed weights that every block may reread
 
@@ -22,14 +23,15 @@ constexpr int64_t kHotWeights =
 struct Inputs {
   int64_t row, plane;  // floats
   Inputs(int64_t count, int64_t c)
-      : row(ceil_div(c, kW) * kW + kSkew), plane(count * row + kSkew) {}
+      : row(ceil_div(c, kW) * kW + (c < 128 ? 0 : kSkew)), plane(count * row + kSkew) {}
   int64_t floats() const { return kPoints * plane; }
 };
 
-// The products (panel, 36, tile, kCols).
+// The products (panel, 36, tile, columns): kCols, or half of them where that is all there is.
 struct Products {
-  int64_t tiles, plane;  // floats
-  explicit Products(int64_t tiles) : tiles(tiles), plane(tiles * kCols + kSkew) {}
+  int64_t tiles, cols, plane;  // floats
+  Products(int64_t tiles, int64_t k)
+      : tiles(tiles), cols(2 * k <= kCols ? kCols / 2 : kCols), plane(tiles * cols + kSkew) {}
   int64_t floats() const { return kPoints * plane; }  // of one panel
 };
 
@@ -85,7 +87,7 @@ void transform_inputs(float* v, const Inputs& in, const WinogradFprop& p, const 
   for (int64_t t = begin; t < end; ++t) {
     const Window win(g, first + t, p.padding, kHalo, p.h, p.w);
     float* to = v + t * in.row;
-    transform_tile<kHalo>(static_cast<const T*>(p.x), p.h, p.w, p.c, win, InputTransform{},
+    transform_tile<kHalo>(static_cast<const T*>(p.x), p.h, p.w, p.c, p.c, win, InputTransform{},
                           [&](int64_t c, const VF(&made)[kHalo][kHalo]) {
 #pragma GCC unroll 36
                             for (int i = 0; i < kPoints; ++i) {
@@ -95,11 +97,44 @@ void transform_inputs(float* v, const Inputs& in, const WinogradFprop& p, const 
   }
 }
 
-// 3. m (panel, 36, tile, kCols) = v (36, tile, C) u (panel, 36, C, kCols). All panels of a point
+// A panel of one vector and kFew channels: its weights stay in registers.
+constexpr int kFew = 16;
+
+template <int MR>
+FASTRES_INLINE void multiply_few(float* c, const VF (&u)[kFew], const float* a, int64_t a_row) {
+  VF acc[MR];
+#pragma GCC unroll 12
+  for (int r = 0; r < MR; ++r) acc[r] = mul(splat(a[r * a_row]), u[0]);
+#pragma GCC unroll 16
+  for (int k = 1; k < kFew; ++k) {
+#pragma GCC unroll 12
+    for (int r = 0; r < MR; ++r) acc[r] = fma(splat(a[r * a_row + k]), u[k], acc[r]);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < MR; ++r) store(c + r * kW, acc[r], Full{});
+}
+
+void multiply_few_all(float* m, const Products& out, const float* v, const Inputs& in,
+                      const float* u) {
+  for (int point = 0; point < kPoints; ++point) {
+    const float* a = v + point * in.plane;
+    float* to = m + point * out.plane;
+    VF b[kFew];
+#pragma GCC unroll 16
+    for (int k = 0; k < kFew; ++k) b[k] = load(u + (point * kFew + k) * kCols, Full{});
+    int64_t t = 0;
+    for (; t + 12 <= out.tiles; t += 12) multiply_few<12>(to + t * kW, b, a + t * in.row, in.row);
+    for (; t < out.tiles; ++t) multiply_few<1>(to + t * kW, b, a + t * in.row, in.row);
+  }
+}
+
+// 3. m (panel, 36, tile, columns) = v (36, tile, C) u (panel, 36, C, kCols). All panels of a point
 // before the next point: v and u come from L3, and each is then read from there once.
-void multiply_all(float* m, const Products& out, const float* v, const Inputs& in, const float* u,
-                  int64_t panels, int64_t c) {
-  constexpr int kRows = kW >= 16 ? kRowGroup : 2;  // accumulators: 24 of 32 registers, or 8 of 16
+template <int VECS>
+void multiply_panels(float* m, const Products& out, const float* v, const Inputs& in,
+                     const float* u, int64_t panels, int64_t c) {
+  // accumulators: 24 of 32 registers, or 8 of 16
+  constexpr int kRows = (kW >= 16 ? 24 : 8) / VECS;
   for (int point = 0; point < kPoints; ++point) {
     const float* a = v + point * in.plane;
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -109,14 +144,27 @@ void multiply_all(float* m, const Products& out, const float* v, const Inputs& i
       const auto rows = [&](auto count) {
         constexpr int kR = decltype(count)::value;
         for (; t + kR <= out.tiles; t += kR) {
-          multiply<kR>(to + t * kCols, kCols, a + t * in.row, in.row, 1, b, kCols, kW, c);
+          multiply<kR, VECS>(to + t * out.cols, out.cols, a + t * in.row, in.row, 1, b, kCols, kW,
+                             c);
         }
       };
       rows(std::integral_constant<int, kRows>{});
+      if (kRows > 12) rows(std::integral_constant<int, 12>{});
       if (kRows > 8) rows(std::integral_constant<int, 8>{});
       if (kRows > 4) rows(std::integral_constant<int, 4>{});
       rows(std::integral_constant<int, 1>{});
     }
+  }
+}
+
+void multiply_all(float* m, const Products& out, const float* v, const Inputs& in, const float* u,
+                  int64_t panels, int64_t c) {
+  if (kW == kFew && out.cols == kW && c == kFew) {
+    multiply_few_all(m, out, v, in, u);
+  } else if (out.cols == kCols) {
+    multiply_panels<kVecs>(m, out, v, in, u, panels, c);
+  } else {
+    multiply_panels<kVecs / 2>(m, out, v, in, u, panels, c);
   }
 }
 
@@ -130,7 +178,7 @@ void transform_outputs(const WinogradFprop& p, const TileGrid& g, int64_t first,
     const int64_t origin = ((win.image * p.oh + win.h) * p.ow + win.w) * p.k + k;
     const auto at = [&](int64_t j, auto lanes) {
       VF products[kHalo][kHalo], y[kTile][kTile];
-      const float* from = m + t * kCols + j;
+      const float* from = m + t * in.cols + j;
 #pragma GCC unroll 36
       for (int i = 0; i < kPoints; ++i) {
         products[i / kHalo][i % kHalo] = load(from + i * in.plane, Full{});
@@ -173,14 +221,17 @@ void convolve_by_tiles(const WinogradFprop& p, const TileGrid& g) {
     u = made;
   }
   const int64_t fit = kL2 / (kPoints * 4 * (p.c + kCols)) / kRowGroup * kRowGroup;
-  const int64_t size = max64(2 * kRowGroup, min64(kMostTiles, fit));
+  const int64_t most = max64(2 * kRowGroup, min64(kBlockTiles, fit));
+  // a multiple of the threads, so that all end together
+  const int64_t blocks = ceil_div(ceil_div(g.count, most), p.threads) * p.threads;
+  const int64_t size = ceil_div(ceil_div(g.count, blocks), kRowGroup) * kRowGroup;
   const Inputs in(size, p.c);
   parallel(ceil_div(g.count, size), 1, [&](int64_t begin, int64_t end) {
-    float* v = floats(1, in.floats() + Products(size).floats());
+    float* v = floats(1, in.floats() + Products(size, p.k).floats());
     float* m = v + in.floats();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * size;
-      const Products out(min64(size, g.count - first));
+      const Products out(min64(size, g.count - first), p.k);
       transform_inputs<T>(v, in, p, g, first, 0, out.tiles);
       for (int64_t panel = 0; panel < panels; ++panel) {
         multiply_all(m, out, v, in, u + panel * panel_floats(p.c), 1, p.c);
@@ -207,7 +258,7 @@ void convolve_by_panels(const WinogradFprop& p, const TileGrid& g) {
     const int64_t blocks = ceil_div(count, kMostTiles);
     const int64_t size = max64(1, min64(kMostPanels, panels * blocks / (2 * p.threads)));
     parallel(ceil_div(panels, size) * blocks, 1, [&](int64_t begin, int64_t end) {
-      const int64_t products = size * Products(kMostTiles).floats();
+      const int64_t products = size * Products(kMostTiles, p.k).floats();
       float* m = floats(1, products + (p.u == nullptr ? size * panel_floats(p.c) : 0));
       float* own = m + products;
       int64_t made = -1;
@@ -223,7 +274,7 @@ void convolve_by_panels(const WinogradFprop& p, const TileGrid& g) {
           }
           made = panel;
         }
-        const Products out(min64(kMostTiles, count - from));
+        const Products out(min64(kMostTiles, count - from), p.k);
         multiply_all(m, out, v + from * in.row, in, u, here, p.c);
         for (int64_t i = 0; i < here; ++i) {
           transform_outputs<T>(p, g, first + from, m + i * out.floats(), out, (panel + i) * kCols);
@@ -237,7 +288,7 @@ template <class T>
 void convolve(const WinogradFprop& p) {
   const TileGrid g(p.n, p.oh, p.ow);
   const int64_t bytes = panel_floats(p.c) * ceil_div(p.k, kCols) * 4;
-  if (bytes <= kHotWeights && g.count >= 4 * kMostTiles) {
+  if (bytes <= kHotWeights && g.count >= 2 * kRowGroup * p.threads) {
     convolve_by_tiles<T>(p, g);
   } else {
     convolve_by_panels<T>(p, g);

@@ -1,9 +1,9 @@
 // dw = wgrad of a 3x3 convolution of stride 1, NHWC, by Winograd's F(4x4, 3x3) transposed: the
 // gradient of y = A^T [(G w G^T) . V] A in w.
 // Traffic: reads x 2.25 times (the halos from cache) and dy once; the transformed tiles of a chunk
-// stay in L3.
-// Accumulation: fp32 over the tiles of a chunk, then over the chunks, in order, whatever the number
-// of threads.
+// stay in L3. Few channels: those of a block stay in L2, and x is read once a panel of dy.
+// Accumulation: fp32 over the tiles of a chunk (a block), then over the chunks (the blocks of a
+// part, then the parts), in order, whatever the number of threads.
 #include "winograd.h"
 
 namespace fastres {
@@ -52,7 +52,7 @@ void transform_chunk(float* v, const T* x, int64_t h, int64_t w, int64_t c, int6
                      int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const Window win(g, chunk.first + t, padding, R, h, w);
-    transform_tile<R>(x, h, w, c, win, transform, [&](int64_t i, const VF(&made)[kHalo][kHalo]) {
+    transform_tile<R>(x, h, w, c, c, win, transform, [&](int64_t i, const VF(&made)[kHalo][kHalo]) {
       float* to = v + chunk.at(i, t);
 #pragma GCC unroll 6
       for (int a = 0; a < kHalo; ++a) {
@@ -71,7 +71,7 @@ void finish(const WinogradWgrad& p, const float* m, int64_t c, int64_t k, bool a
   const int64_t rows = min64(kGroup, p.c - c), width = min64(kCols, p.k - k);
   float taps[9][kGroup][kCols];
   for (int64_t r = 0; r < rows; ++r) {
-    for (int j = 0; j < kCols; j += kW) {
+    for (int j = 0; j < width; j += kW) {
       VF in[kHalo][kHalo], dw[3][3];
 #pragma GCC unroll 36
       for (int i = 0; i < kPoints; ++i) {
@@ -90,8 +90,100 @@ void finish(const WinogradWgrad& p, const float* m, int64_t c, int64_t k, bool a
   }
 }
 
+// Few channels: the sums of a panel stay in L2, and so do the transformed tensors of a block of
+// tiles. A thread takes parts of the tiles, whose number depends on the shape alone.
+constexpr int64_t kFewSums = 64 * 64;    // C * K
+constexpr int64_t kParts = 16;           // at most
+constexpr int64_t kPartTiles = 64;       // at least
+constexpr int64_t kBlock = 128 << 10;    // bytes of both transformed tensors of a block, or
+constexpr int64_t kBlockTiles = 16;      // tiles, for the sums are read and written once a block
+constexpr int64_t kWorkspace = 4 << 20;  // bytes: the sums of all parts
+constexpr int64_t kProducts = kPoints * kGroup * kCols;
+
+// m (kGroup, kCols), rows of kCols, (+)= sum over tiles of v (tile, kGroup) d (tile, VECS * kW)
+template <int VECS>
+void multiply_block(float* m, const float* v, int64_t v_row, const float* d, int64_t d_row,
+                    int64_t tiles, bool add_to) {
+  constexpr int kR = (kW >= 16 ? 16 : 8) / VECS;
+  for (int r = 0; r < kGroup; r += kR) {
+    multiply<kR, VECS>(m + r * kCols, kCols, v + r, 1, v_row, d, d_row, kW, tiles, add_to);
+  }
+}
+
+template <class T>
+void accumulate_few(const WinogradWgrad& p) {
+  const TileGrid g(p.n, p.oh, p.ow);
+  const int64_t groups = ceil_div(p.c, kGroup), panels = ceil_div(p.k, kCols);
+  const int64_t sums = groups * panels * kProducts;
+  const int64_t parts =
+      max64(1, min64(min64(kParts, g.count / kPartTiles), kWorkspace / (sums * 4)));
+  const int64_t size = ceil_div(g.count, parts);
+  const int64_t rows = groups * kGroup;
+  const int64_t fit = kBlock / (kPoints * 4 * (rows + min64(kCols, p.k)));
+  const int64_t block = min64(size, max64(kBlockTiles, fit));
+  const int64_t v_plane = block * rows + 16, d_plane = block * kCols + 16;
+  float* all = floats(0, parts * sums);  // (part, panel, group, 36, kGroup, kCols)
+  parallel(parts * panels, 1, [&](int64_t begin, int64_t end) {
+    float* v = floats(1, kPoints * (v_plane + d_plane));
+    float* d = v + kPoints * v_plane;
+    for (int64_t job = begin; job < end; ++job) {
+      const int64_t part = job / panels, k = job % panels * kCols;
+      const int64_t width = min64(kCols, p.k - k), cols = ceil_div(width, kW) * kW;
+      float* m = all + job * groups * kProducts;
+      const int64_t stop = min64(g.count, (part + 1) * size);
+      for (int64_t first = part * size; first < stop; first += block) {
+        const int64_t tiles = min64(block, stop - first);
+        const auto keep = [&](float* to, int64_t plane) {
+          return [=](int64_t c, const VF(&made)[kHalo][kHalo]) {
+#pragma GCC unroll 36
+            for (int i = 0; i < kPoints; ++i) {
+              store(to + i * plane + c, made[i / kHalo][i % kHalo], Full{});
+            }
+          };
+        };
+        for (int64_t t = 0; t < tiles; ++t) {
+          transform_tile<kHalo>(static_cast<const T*>(p.x), p.h, p.w, p.c, p.c,
+                                Window(g, first + t, p.padding, kHalo, p.h, p.w), InputTransform{},
+                                keep(v + t * rows, v_plane));
+          transform_tile<kTile>(static_cast<const T*>(p.dy) + k, p.oh, p.ow, p.k, width,
+                                Window(g, first + t, 0, kTile, p.oh, p.ow), GradientTransform{},
+                                keep(d + t * cols, d_plane));
+        }
+        for (int point = 0; point < kPoints; ++point) {
+          for (int64_t i = 0; i < groups; ++i) {
+            float* to = m + i * kProducts + point * kGroup * kCols;
+            const float* a = v + point * v_plane + i * kGroup;
+            const float* b = d + point * d_plane;
+            const bool add_to = first > part * size;
+            if (cols <= kCols / 2) {
+              multiply_block<kVecs / 2>(to, a, rows, b, cols, tiles, add_to);
+            } else {
+              multiply_block<kVecs>(to, a, rows, b, cols, tiles, add_to);
+            }
+          }
+        }
+      }
+    }
+  });
+  parallel(kPoints * groups * panels, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kGroup * kCols; i < end * kGroup * kCols; i += kW) {
+      VF sum = load(all + i, Full{});
+      for (int64_t part = 1; part * size < g.count; ++part) {
+        sum = add(sum, load(all + part * sums + i, Full{}));
+      }
+      store(all + i, sum, Full{});
+    }
+  });
+  parallel(groups * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      finish(p, all + i * kProducts, i % groups * kGroup, i / groups * kCols, false);
+    }
+  });
+}
+
 template <class T>
 void accumulate(const WinogradWgrad& p) {
+  if (p.c * p.k <= kFewSums) return accumulate_few<T>(p);
   const TileGrid g(p.n, p.oh, p.ow);
   const int64_t chunks = ceil_div(g.count, tiles_a_chunk(p.c + p.k));
   const int64_t size = ceil_div(g.count, chunks);
@@ -109,7 +201,6 @@ void accumulate(const WinogradWgrad& p) {
     });
     // 2. m (group, panel, 36, kGroup, kCols) = sum over tiles of v (36, C, tile) d (36, tile, K),
     // point by point, so that the channels of a job are read once
-    constexpr int64_t kProducts = kPoints * kGroup * kCols;
     parallel(cut.jobs, 1, [&](int64_t begin, int64_t end) {
       float* m = floats(1, cut.groups * cut.panels * kProducts);
       for (int64_t job = begin; job < end; ++job) {
