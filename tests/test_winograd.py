@@ -14,9 +14,9 @@ from fastres import _winograd as wino
 
 CL = torch.channels_last
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# N, C, K, H, W, padding: both orders of loops (by tiles and by panels of weights), wgrad by parts of
-# the tiles (up to 4096 products of channels) and by chunks, several of each; tiles over the edge,
-# one tile, more rows than a pass takes, channels that fill no vector, no panel, or half of one
+# N, C, K, H, W, padding: both orders of loops (by tiles and by panels of weights), wgrad by parts
+# of the tiles (up to 4096 products of channels) and by chunks, several of each; tiles over the
+# edge, one tile, more rows than a pass takes, channels that fill no vector, no panel, half of one
 SHAPES = [
     (2, 72, 72, 56, 50, 1),
     (9, 33, 70, 18, 21, 1),
