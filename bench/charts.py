@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fastres.bench.chart import colour_of
@@ -186,15 +187,16 @@ def _gpu(result: Result) -> list[Chart]:
 
 
 def _gpu_kernels(rows: list[dict[str, Any]], dry: str) -> list[Chart]:
-    """Percent of roofline of each of our kernels."""
-    names: dict[str, dict[str, float]] = {}
+    """Percent of roofline of each form of our kernels: the median over its shapes."""
+    names: dict[str, dict[str, list[float]]] = {}
     for row in rows:
+        form = row["case"].removesuffix(f"/{row['where']}")
         for variant, label in (("ours", "triton"), ("fused", "triton"), ("cuda", "cuda")):
             value = row["variants"].get(variant, {}).get("percent")
             if value:
-                names.setdefault(row["case"], {})[label] = value
+                names.setdefault(form, {}).setdefault(label, []).append(value)
     series: dict[str, list[float | None]] = {
-        label: [v.get(label) for v in names.values()]
+        label: [median(v[label]) if label in v else None for v in names.values()]
         for label in ("triton", "cuda")
         if any(label in v for v in names.values())
     }
@@ -206,7 +208,9 @@ def _gpu_kernels(rows: list[dict[str, Any]], dry: str) -> list[Chart]:
         axis.axvline(100, color="#444444", linewidth=0.8)
 
     height = 1.2 + 0.14 * len(names) * len(series)
-    return [Chart("roofline", f"Kernels in percent of roofline{dry}", height, draw)]
+    return [
+        Chart("roofline", f"Kernels in percent of roofline, median over shapes{dry}", height, draw)
+    ]
 
 
 def _gpu_networks(stage: str, rows: list[dict[str, Any]], dry: str) -> Chart:

@@ -14,7 +14,7 @@ from fastres.bench.environment import one_line
 from . import charts
 from .gpu import page as gpu_page
 from .markdown import number, percent, ratio, table
-from .results import OURS, Result, Unreadable, bench_cases, load
+from .results import OURS, Result, Unreadable, bench_cases, incomplete, load
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -162,6 +162,19 @@ def suites_section(result: Result) -> list[str]:
 # --- the page -------------------------------------------------------------------------------------
 
 
+def section(result: Result, name: str) -> list[str]:
+    """A result's tables, and where they come from."""
+    if result.kind == "gpu":  # each of its stages says that for itself
+        return gpu_page.section(result.data, name)
+    return [
+        *(bench_section(result) if result.kind == "bench" else suites_section(result)),
+        f"`{result.command}`, [bench/results/{name}](../bench/results/{name})",
+        "",
+        one_line(result.environment),
+        "",
+    ]
+
+
 def render(results: Path) -> tuple[str, dict[str, charts.Chart]]:
     """The page, and its charts by file name."""
     lines: list[str] = [HEAD]
@@ -169,28 +182,23 @@ def render(results: Path) -> tuple[str, dict[str, charts.Chart]]:
     drawn: dict[str, charts.Chart] = {}
     for file in sorted(results.rglob("*.json")):
         name = file.relative_to(results).as_posix()
+        stem = name.removesuffix(".json").replace("/", "-")
         try:
             result = load(file)
+            try:
+                pictures = {f"{stem}-{chart.name}.png": chart for chart in charts.of(result)}
+                tables = section(result, name)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                raise incomplete(error) from error
         except Unreadable as error:
             folder = (Path("bench/results") / name).parent.as_posix()
             omitted.setdefault((folder, str(error)), []).append(file.name)
             continue
-        stem = name.removesuffix(".json").replace("/", "-")
+        drawn |= pictures
         lines += [f"## {stem}", ""]
-        for chart in charts.of(result):
-            picture = f"{stem}-{chart.name}.png"
-            drawn[picture] = chart
+        for picture, chart in pictures.items():
             lines += [f"![{chart.title}]({CHARTS}/{picture})", ""]
-        if result.kind == "gpu":  # each of its stages says where it comes from
-            lines += gpu_page.section(result.data, name)
-            continue
-        lines += bench_section(result) if result.kind == "bench" else suites_section(result)
-        lines += [
-            f"`{result.command}`, [bench/results/{name}](../bench/results/{name})",
-            "",
-            one_line(result.environment),
-            "",
-        ]
+        lines += tables
     if len(lines) == 1:
         lines += ["There are no results yet.", ""]
     if omitted:

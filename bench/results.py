@@ -109,8 +109,13 @@ def _whole(result: Result) -> Result:
     try:
         _ = result.command, result.environment["cpu"], result.dry, ratios(result)
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise Unreadable(f"is incomplete: {type(error).__name__} at {error}") from error
+        raise incomplete(error) from error
     return result
+
+
+def incomplete(error: Exception) -> Unreadable:
+    """Of a file that lacks something, or has it of another type."""
+    return Unreadable(f"is incomplete: {type(error).__name__} at {error}")
 
 
 def bench_cases(data: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -152,6 +152,41 @@ def test_charts_are_drawn_where_there_are_data(page):
     assert sorted(written[1:]) == sorted(f"gpu-h200-{name}.png" for name in names)
 
 
+def test_the_chart_of_kernels_has_a_bar_for_a_form_not_for_a_shape():
+    from bench import charts
+
+    def percents(**values) -> dict:
+        return {name: {"percent": value} for name, value in values.items()}
+
+    rows = [case("bn_stats", f"{n}x8", ours={"percent": n}) for n in (40.0, 60.0, 95.0)]
+    rows += [case("fprop", "a", **percents(fused=50.0, cuda=70.0, vendor=99.0))]
+    (chart,) = charts._gpu_kernels(rows, "")
+    drawn = {}
+
+    class Axis:
+        def barh(self, at, widths, width, label, color):
+            drawn[label] = widths
+
+        def set_yticks(self, at, names, fontsize):
+            drawn["names"] = names
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    chart.draw(Axis())
+    assert drawn == {"names": ["bn_stats", "fprop"], "triton": [60.0, 50.0], "cuda": [0, 70.0]}
+    assert charts._gpu_kernels([case("fprop", "a", vendor={"percent": 1.0})], "") == []
+
+
+def test_a_file_that_lacks_something_is_named_and_the_others_are_rendered(tmp_path):
+    broken = files()
+    del broken["train"]["train"]["rows"][1]["mode"]
+    write(tmp_path / "results", broken)
+    text, _ = report.render(tmp_path / "results")
+    assert "`train.json`: is incomplete: KeyError at 'mode'" in text
+    assert "## kernels" in text and "## train" not in text
+
+
 def test_two_runs_are_compared_by_their_ratios(tmp_path, capsys):
     old = write(tmp_path / "old", files())
     changed = files()

@@ -84,6 +84,7 @@ TRAIN = (
     Config("resnet50", 256, "train", ALL),
     Config("resnet18", 256, "train", ALL),
     Config("resnet50", 32, "train", ALL),
+    Config("resnet50", 1, "train", (EAGER, HALF, RUNGS[0], CUDA[1])),
     Config("resnet18", 32, "train", (EAGER, HALF, *RUNGS, *CUDA)),
 )
 # c2 and d differ from c1 in the backward only
