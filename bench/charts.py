@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,9 @@ from fastres.bench.chart import colour_of
 
 from .results import OURS, Result
 
+# of the run-book's charts, which have up to 20 series
+WARM = ("#d9542b", "#e8a33d", "#b03a48", "#f2c14e", "#8c2d19", "#e67f83")
+COLD = ("#8c8c8c", "#5b8db8", "#9aa86a", "#3d5a80", "#bdbdbd", "#6b8e8e")
 MODE_STYLE = {"inference": "-", "train": "--", "forward": ":"}
 
 
@@ -63,19 +67,31 @@ def of(result: Result) -> list[Chart]:
     return found
 
 
-def _bars(axis: Any, names: list[str], series: dict[str, list[float | None]], unit: str) -> None:
-    """Groups of horizontal bars: one group a name, one bar a series."""
+def _bars(
+    axis: Any,
+    names: list[str],
+    series: dict[str, list[float | None]],
+    unit: str,
+    colour: Callable[[str], str] | None = None,
+) -> None:
+    """Groups of horizontal bars: one group a name, one bar a series. colour: of many series, whose
+    legend goes beside the bars."""
     width = 0.8 / len(series)
     for i, (label, values) in enumerate(series.items()):
         at = [y + (i - (len(series) - 1) / 2) * width for y in range(len(names))]
-        axis.barh(at, [v or 0 for v in values], width, label=label, color=colour_of(label))
+        axis.barh(
+            at, [v or 0 for v in values], width, label=label, color=(colour or colour_of)(label)
+        )
         for y, value in zip(at, values, strict=True):
             if value:
-                axis.text(value, y, f" {value:,.3g}", va="center", fontsize=7)
+                text = f" {value:,.0f}" if colour and value >= 100 else f" {value:,.3g}"
+                axis.text(value, y, text, va="center", fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(unit, fontsize=8)
-    if len(series) > 1:
+    if colour and len(series) > 1:
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    elif len(series) > 1:
         axis.legend(fontsize=8, loc="lower right")
 
 
@@ -170,11 +186,20 @@ def _bench(result: Result) -> list[Chart]:
 # --- the GPU run-book -----------------------------------------------------------------------------
 
 
+def _shades(series: Iterable[str]) -> Callable[[str], str]:
+    """A colour for each of many: warm ones for what is ours."""
+    ours, others = [], []
+    for name in series:
+        (ours if name.startswith((OURS, "triton", "cuda", "saved")) else others).append(name)
+    found = dict(zip(ours, itertools.cycle(WARM), strict=False))
+    return (found | dict(zip(others, itertools.cycle(COLD), strict=False))).__getitem__
+
+
 def _gpu(result: Result) -> list[Chart]:
     """Of each stage of the file that has one."""
     found = []
     for stage, own in result.data["stages"].items():
-        dry = " (dry run: the times mean nothing)" if own["dry_run"] else ""
+        dry = " (DRY RUN)" if own["dry_run"] else ""
         rows = own["rows"]
         if stage == "kernels":
             found += _gpu_kernels([r for r in rows if r.get("variants")], dry)
@@ -204,7 +229,7 @@ def _gpu_kernels(rows: list[dict[str, Any]], dry: str) -> list[Chart]:
         return []
 
     def draw(axis: Any) -> None:
-        _bars(axis, list(names), series, "percent")
+        _bars(axis, list(names), series, "percent", _shades(series))
         axis.axvline(100, color="#444444", linewidth=0.8)
 
     height = 1.2 + 0.14 * len(names) * len(series)
@@ -223,7 +248,7 @@ def _gpu_networks(stage: str, rows: list[dict[str, Any]], dry: str) -> Chart:
 
     def draw(axis: Any) -> None:
         names = [f"{model} {mode} n{batch}" for model, mode, batch in configs]
-        _bars(axis, names, series, "images per second")
+        _bars(axis, names, series, "images per second", _shades(series))
 
     height = 1.2 + 0.17 * len(configs) * len(series)
     return Chart(f"{stage}-throughput", f"{stage}: images per second{dry}", height, draw)
@@ -253,7 +278,7 @@ def _gpu_memory(rows: list[dict[str, Any]], dry: str) -> list[Chart]:
         series["peak"] = [r["peak"] / 1e6 for r in rows]
 
     def draw(axis: Any) -> None:
-        _bars(axis, names, series, "MB")
+        _bars(axis, names, series, "MB", _shades(series))
 
     title = f"Training: bytes kept for the backward, peak{dry}"
     return [Chart("memory", title, 1.2 + 0.2 * len(names) * len(series), draw)]

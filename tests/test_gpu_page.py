@@ -161,11 +161,12 @@ def test_the_chart_of_kernels_has_a_bar_for_a_form_not_for_a_shape():
     rows = [case("bn_stats", f"{n}x8", ours={"percent": n}) for n in (40.0, 60.0, 95.0)]
     rows += [case("fprop", "a", **percents(fused=50.0, cuda=70.0, vendor=99.0))]
     (chart,) = charts._gpu_kernels(rows, "")
-    drawn = {}
+    drawn, colours = {}, set()
 
     class Axis:
         def barh(self, at, widths, width, label, color):
             drawn[label] = widths
+            colours.add(color)
 
         def set_yticks(self, at, names, fontsize):
             drawn["names"] = names
@@ -175,6 +176,7 @@ def test_the_chart_of_kernels_has_a_bar_for_a_form_not_for_a_shape():
 
     chart.draw(Axis())
     assert drawn == {"names": ["bn_stats", "fprop"], "triton": [60.0, 50.0], "cuda": [0, 70.0]}
+    assert len(colours) == 2
     assert charts._gpu_kernels([case("fprop", "a", vendor={"percent": 1.0})], "") == []
 
 
