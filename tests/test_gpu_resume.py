@@ -192,6 +192,30 @@ def test_a_network_that_lacks_a_variant_for_want_of_time_is_measured_again(tmp_p
     assert len(rec.rows) == len(nets.TRAIN)
 
 
+def test_networks_that_found_no_memory_side_by_side_are_checked_alone(tmp_path, monkeypatch):
+    from bench.gpu import nets
+
+    asked = []
+
+    def run_jobs(stage, names, dry, workers, seconds, limit):
+        asked.append((tuple(names), workers))
+        full = workers > 1 and any("fastres" in n for n in names)
+        answers = {n: {"name": n, "ok": True} for n in names}
+        return answers | (
+            {names[-1]: {"ok": False, "error": "OutOfMemoryError: CUDA"}} if full else {}
+        )
+
+    monkeypatch.setattr(record, "environment", lambda dry: {})
+    monkeypatch.setattr(nets, "run_jobs", run_jobs)
+    monkeypatch.setattr(nets, "parallel_workers", lambda dry, most: most)
+    config = nets.Config("resnet50", 256, "train", (nets.EAGER, nets.COMPILE, *nets.RUNGS))
+    rec = record.Record(tmp_path, "train", True, 60.0, "a test")
+    found = nets.checked(SimpleNamespace(dry=False), rec, "train", (config,))
+    names = [f"resnet50|256|train|{v.name}" for v in (nets.COMPILE, *nets.RUNGS)]
+    assert asked == [(tuple(names), 8), ((names[-1],), 1)]
+    assert len(found) == 5 and all(answer["ok"] for answer in found.values())
+
+
 def test_tests_that_passed_before_are_not_run_again(tmp_path, monkeypatch):
     from bench.gpu import pytest_log
 

@@ -351,6 +351,8 @@ def test_a_job_that_crashes_costs_itself_only(monkeypatch):
     assert found["crash"]["error"] == "its process died: SIGABRT"
     assert found["hang"]["error"] == "no answer within 3 s"
     assert "no time left" in pool.run_jobs("kernels", ["a"], True, 1, 3.0, 0.0)["a"]["error"]
+    cut = pool.run_jobs("kernels", ["hang"], True, 1, 30.0, 0.5)["hang"]["error"]
+    assert cut == "not checked: no time left after 0 s"  # not the job's own doing
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ python -m bench.gpu.child work STAGE [dry]      jobs on standard input, a JSON l
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -110,6 +111,8 @@ def work(stage: str, dry: bool) -> int:
         print(json.dumps({"name": name, **found}), file=answers, flush=True)
         if broken is not None:
             return FAILED
+        gc.collect()
+        device.empty()  # others work beside this process
     return 0
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 CLOSE_SECONDS = 5.0
+SILENT = "no answer within"
 
 
 class _Worker:
@@ -35,7 +36,7 @@ class _Worker:
                 ready, _, _ = select.select([self.process.stdout], [], [], end - time.monotonic())
                 if not ready or time.monotonic() > end:
                     self.stop()
-                    return {"ok": False, "error": f"no answer within {seconds:.0f} s"}
+                    return {"ok": False, "error": f"{SILENT} {seconds:.0f} s"}
                 part = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not part:
                     return {"ok": False, "error": self.death()}
@@ -91,6 +92,8 @@ def run_jobs(
                 worker = _Worker(stage, dry)
                 workers.append(worker)
             found[name] = worker.ask(name, left)
+            if left < job_seconds and str(found[name].get("error")).startswith(SILENT):
+                found[name]["error"] = f"not checked: no time left after {left:.0f} s"
         if worker is not None:
             worker.close()
 
