@@ -118,14 +118,14 @@ class BuildNative(build_ext):
 
 
 def default_jobs() -> int:
-    """One a core, and no more than the free memory holds: a compiler takes up to 1.5 GB."""
+    """One a core, and no more than the free memory holds: nvcc takes up to 2.9 GB."""
     cores = os.cpu_count() or 1
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
         return cores
-    return max(1, min(cores, int(free / 1.5e6)))
+    return max(1, min(cores, int(free / 2.9e6)))
 
 
 def cuda_lines(info: dict) -> list[str]:
