@@ -107,8 +107,8 @@ def _ninja_file() -> str:
     kernels = [*sources(), SHIM / "conv_gemm.cpp"]
     objects = [compile_(s, f"{s.stem}.o", f"{KERNELS} {SANITIZE}") for s in kernels]
     shim = compile_(SHIM / "shim.cpp", "shim.o", f"{KERNELS} {SANITIZE}")
-    # it multiplies matrices: -O2
-    shim += " " + compile_(SHIM / "hopper.cpp", "hopper.o", f"{KERNELS} -O2 {SANITIZE}")
+    for name in ("hopper", "wgmma"):  # they check every access and multiply matrices: -O2
+        shim += " " + compile_(SHIM / f"{name}.cpp", f"{name}.o", f"{KERNELS} -O2 {SANITIZE}")
     for source in (*sorted((ROOT / "csrc" / "cuda").glob("*bindings.cpp")), SHIM / "module.cpp"):
         objects.append(compile_(source, f"{source.stem}.o", f"{COMMON} -O0 {python}"))
     lines.append(f"build fastres_cuda_host.so: module {' '.join([*objects, shim])}")
