@@ -7,6 +7,7 @@ reduction. The kernels run on the current stream, so that CUDA graphs capture th
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -202,7 +203,7 @@ def bn_relu_maxpool_bwd_apply(
 
 # --- convolutions: the pointwise kernels where they take the form, CUTLASS for the rest -----------
 
-from . import _cuda_cutlass, _cuda_pointwise  # noqa: E402 (they call the functions above)
+from . import _cuda_cutlass, _cuda_pointwise, _cuda_tiles  # noqa: E402 (they call the functions above)
 from ._cuda_cutlass import (  # noqa: E402
     conv_bwd_pointwise,
     conv_bwd_pointwise_why_not,
@@ -224,40 +225,83 @@ def conv_kernels(x: Tensor, weight: Tensor, geometry: list[int]) -> str:
     return "the pointwise kernels" if reason is None else f"CUTLASS's kernels ({reason})"
 
 
+def _run(op: str, tile: str, taken: bool, *args) -> None:
+    """`op` on one of the two families, on the tile of that name ("": each family's own choice).
+    taken: by the pointwise kernels."""
+    family, place = _cuda_tiles.place(op, tile, taken)
+    module = _cuda_pointwise if family == "pointwise" else _cuda_cutlass
+    getattr(module, f"conv_{op}")(*args, place)
+
+
 def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
     """y = conv(h) and its statistics, h = x or relu(normalise(x) + shortcut)."""
+    _fprop("", y, stats, z, mask, x, weight, geometry, norm, shortcut, eps)
+
+
+def _fprop(tile, y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
     other = None if shortcut is None else shortcut.x
     taken = _pointwise(x, weight, geometry, y, z, other)
-    run = _cuda_pointwise.conv_fprop if taken else _cuda_cutlass.conv_fprop
-    run(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps)
+    _run("fprop", tile, taken, y, stats, z, mask, x, weight, geometry, norm, shortcut, eps)
 
 
 def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
     """z = act(normalise(conv(x)) + residual)."""
+    _fprop_act("", z, x, weight, geometry, norm, residual, relu)
+
+
+def _fprop_act(tile, z, x, weight, geometry, norm, residual, relu):
     taken = _pointwise(x, weight, geometry, z, residual)
-    run = _cuda_pointwise.conv_fprop_act if taken else _cuda_cutlass.conv_fprop_act
-    run(z, x, weight, geometry, norm, residual, relu)
+    _run("fprop_act", tile, taken, z, x, weight, geometry, norm, residual, relu)
 
 
 def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
     """dx = gate(dgrad(dy) + dres), and the sums of the batch norm before the conv."""
+    _dgrad("", dx, sums, g, weight, geometry, bn, dres, prev)
+
+
+def _dgrad(tile, dx, sums, g, weight, geometry, bn, dres, prev):
     others = [g.dz]
     others += [t.dz for t in (dres,) if t is not None] + [t.y for t in (bn, prev) if t is not None]
     if prev is not None and prev.shortcut is not None:
         others.append(prev.shortcut.x)
     taken = _pointwise(dx, weight, geometry, *others)
-    run = _cuda_pointwise.conv_dgrad if taken else _cuda_cutlass.conv_dgrad
-    run(dx, sums, g, weight, geometry, bn, dres, prev)
+    _run("dgrad", tile, taken, dx, sums, g, weight, geometry, bn, dres, prev)
 
 
 def conv_wgrad(dw, g, x, geometry, bn, norm):
     """dw = wgrad(dy, h), h = x or relu(normalise(x))."""
+    _wgrad("", dw, g, x, geometry, bn, norm)
+
+
+def _wgrad(tile, dw, g, x, geometry, bn, norm):
     taken = _pointwise(x, dw, geometry, g.dz, None if bn is None else bn.y)
-    run = _cuda_pointwise.conv_wgrad if taken else _cuda_cutlass.conv_wgrad
-    run(dw, g, x, geometry, bn, norm)
+    _run("wgrad", tile, taken, dw, g, x, geometry, bn, norm)
+
+
+@dataclass(frozen=True)
+class Convs:
+    """The convolutions on the tile of a name, in the place of a backend's module."""
+
+    tile: str
+
+    def conv_fprop(self, *args) -> None:
+        _fprop(self.tile, *args)
+
+    def conv_fprop_act(self, *args) -> None:
+        _fprop_act(self.tile, *args)
+
+    def conv_dgrad(self, *args) -> None:
+        _dgrad(self.tile, *args)
+
+    def conv_wgrad(self, *args) -> None:
+        _wgrad(self.tile, *args)
+
+    def conv_why_not(self, x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
+        return conv_why_not(x, weight, geometry)
 
 
 __all__ = [
+    "Convs",
     "conv_bwd_pointwise",
     "conv_bwd_pointwise_why_not",
     "conv_dgrad",

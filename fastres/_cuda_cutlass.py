@@ -117,9 +117,9 @@ def _krsc(weight: Tensor) -> Tensor:
     return _aligned(weight)
 
 
-def _workspace(x: Tensor, which: int, dtype: int, sizes: tuple[int, ...]) -> Tensor:
+def _workspace(x: Tensor, which: int, dtype: int, sizes: tuple[int, ...], tile: int) -> Tensor:
     """fp32, every element is written before it is read."""
-    floats = _cuda._module().conv_workspace_floats(which, dtype, sizes)
+    floats = _cuda._module().conv_workspace_floats(which, dtype, sizes, tile)
     return torch.empty(floats, dtype=torch.float32, device=x.device)
 
 
@@ -164,23 +164,23 @@ def _dy(g: Gradient, bn: NormGradient | None) -> Tensor:
     return dy
 
 
-# --- passes ---------------------------------------------------------------------------------------
+# --- passes: tile is a place in conv_tiles' list, 0 the one chosen by shape -----------------------
 
 
-def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
+def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps, tile=0):
     """y = conv(h) and its statistics, h = x or relu(normalise(x) + shortcut)."""
     h, w, out = _input(x, norm, shortcut, z, mask), _krsc(weight), _output(y)
     dtype, sizes = _sizes(x, weight, geometry)
     rows = [None] * 3 if stats is None else list(stats.unbind())
-    work = None if stats is None else _workspace(x, _FPROP, dtype, sizes)
+    work = None if stats is None else _workspace(x, _FPROP, dtype, sizes, tile)
     _cuda._module().conv_fprop(
         out.data_ptr(), *(ptr(v) for v in rows), h.data_ptr(), w.data_ptr(), float(eps),
-        ptr(work), dtype, sizes, *_cuda._place(x),
+        ptr(work), tile, dtype, sizes, *_cuda._place(x),
     )  # fmt: skip
     _deliver(y, out)
 
 
-def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
+def conv_fprop_act(z, x, weight, geometry, norm, residual, relu, tile=0):
     """z = act(normalise(conv(x)) + residual)."""
     h, w, out = _aligned(x), _krsc(weight), _output(z)
     res = None if residual is None else _aligned(residual)
@@ -188,14 +188,14 @@ def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
     dtype, sizes = _sizes(x, weight, geometry)
     _cuda._module().conv_fprop_act(
         out.data_ptr(), h.data_ptr(), w.data_ptr(), *(ptr(v) for v in vectors), ptr(res),
-        bool(relu), dtype, sizes, *_cuda._place(x),
+        bool(relu), tile, dtype, sizes, *_cuda._place(x),
     )  # fmt: skip
     _deliver(z, out)
 
 
-def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
+def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev, tile=0):
     """dx = gate(dgrad(dy) + dres), and the sums of the batch norm before the conv."""
-    _dgrad(dx, sums, _dy(g, bn), weight, geometry, dres, prev)
+    _dgrad(dx, sums, _dy(g, bn), weight, geometry, dres, prev, tile)
 
 
 def _dgrad(
@@ -206,6 +206,7 @@ def _dgrad(
     geometry: list[int],
     dres: Gradient | None,
     prev: Previous | None,
+    tile: int = 0,
 ) -> None:
     w, out = _krsc(weight), _output(dx)
     dtype, sizes = _sizes(dx, weight, geometry)
@@ -217,29 +218,29 @@ def _dgrad(
         assert sums is not None
         y, mask, vectors, made = _aligned(prev.y), prev.mask, _vectors(prev.norm), sums
         gate = GATE["recompute" if mask is None else "mask"]
-        work = _workspace(dx, _DGRAD, dtype, sizes)
+        work = _workspace(dx, _DGRAD, dtype, sizes, tile)
         if prev.shortcut is not None and prev.shortcut.norm is not None:
             other = _aligned(prev.shortcut.x)
             res_mean, res_rstd = _aligned(prev.shortcut.norm.mean), prev.shortcut.norm.rstd
     _cuda._module().conv_dgrad(
         out.data_ptr(), *(ptr(v) for v in made), dy.data_ptr(), w.data_ptr(), ptr(res),
         ptr(res_mask), gate, ptr(mask), ptr(y), *(ptr(v) for v in vectors), ptr(other),
-        ptr(res_mean), ptr(res_rstd), ptr(work), dtype, sizes, *_cuda._place(dx),
+        ptr(res_mean), ptr(res_rstd), ptr(work), tile, dtype, sizes, *_cuda._place(dx),
     )  # fmt: skip
     _deliver(dx, out)
 
 
-def conv_wgrad(dw, g, x, geometry, bn, norm):
+def conv_wgrad(dw, g, x, geometry, bn, norm, tile=0):
     """dw = wgrad(dy, h), h = x or relu(normalise(x))."""
-    _wgrad(dw, _dy(g, bn), _input(x, norm), geometry)
+    _wgrad(dw, _dy(g, bn), _input(x, norm), geometry, tile)
 
 
-def _wgrad(dw: Tensor, dy: Tensor, h: Tensor, geometry: list[int]) -> None:
+def _wgrad(dw: Tensor, dy: Tensor, h: Tensor, geometry: list[int], tile: int = 0) -> None:
     out = _output(dw)
     dtype, sizes = _sizes(h, dw, geometry)
-    work = _workspace(h, _WGRAD, dtype, sizes)
+    work = _workspace(h, _WGRAD, dtype, sizes, tile)
     _cuda._module().conv_wgrad(
-        out.data_ptr(), dy.data_ptr(), h.data_ptr(), work.data_ptr(), dtype, sizes,
+        out.data_ptr(), dy.data_ptr(), h.data_ptr(), work.data_ptr(), tile, dtype, sizes,
         *_cuda._place(h),
     )  # fmt: skip
     _deliver(dw, out)

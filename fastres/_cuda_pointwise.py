@@ -1,7 +1,8 @@
 """The 1x1, stride 1 convolutions of the `cuda` backend on Hopper: csrc/cuda/pointwise*.
 
 The functions of docs/kernels.md, for what `why_not` takes; fastres/_cuda.py asks it and gives the
-rest to others. Nothing is allocated but workspaces (and a copy of a weight with odd strides)."""
+rest to others. Nothing is allocated but workspaces (and a copy of a weight with odd strides). tile:
+a place in pointwise_tiles' list, 0 the one chosen by shape."""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def _act(x: Tensor) -> tuple[int, bool, int, int, int]:
     return (DTYPE[x.dtype], True, *sizes(x)[2:])
 
 
-def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
+def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps, tile=0):
     """y = conv(h) and its statistics, h = x or relu(normalise(x) + shortcut)."""
     cuda = _native()
     n, c, h, w = x.shape
@@ -72,23 +73,23 @@ def conv_fprop(y, stats, z, mask, x, weight, geometry, norm, shortcut, eps):
     native, weight = cuda._module(), _rows(weight)
     work = None
     if stats is not None:
-        work = _workspace(native.pointwise_fprop_floats(n * h * w, c, k), x)
+        work = _workspace(native.pointwise_fprop_floats(n * h * w, c, k, tile), x)
     rows = (None,) * 3 if stats is None else stats.unbind(0)
     other, other_norm = (None, None) if shortcut is None else shortcut
     native.pointwise_fprop(
         y.data_ptr(), *map(ptr, rows), ptr(z), ptr(mask), x.data_ptr(), weight.data_ptr(),
         _vectors(norm), norm is not None, ptr(other), _vectors(other_norm),
-        other_norm is not None, float(eps), k, ptr(work), *_act(x), *cuda._place(x),
+        other_norm is not None, float(eps), k, ptr(work), tile, *_act(x), *cuda._place(x),
     )  # fmt: skip
 
 
-def conv_fprop_act(z, x, weight, geometry, norm, residual, relu):
+def conv_fprop_act(z, x, weight, geometry, norm, residual, relu, tile=0):
     """z = act(normalise(conv(x)) + residual)."""
     cuda = _native()
     weight = _rows(weight)
     cuda._module().pointwise_fprop_act(
         z.data_ptr(), x.data_ptr(), weight.data_ptr(), _vectors(norm), ptr(residual), bool(relu),
-        z.shape[1], *_act(x), *cuda._place(x),
+        z.shape[1], tile, *_act(x), *cuda._place(x),
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def _gradient(bn) -> tuple[tuple[int, ...], bool, bool]:
     return tuple(map(ptr, tensors)), True, bool(bn.training)
 
 
-def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
+def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev, tile=0):
     """dx = gate(dgrad(dy) + gate(dres)), and the sums of the batch norm before."""
     cuda = _native()
     native, weight = cuda._module(), _rows(weight)
@@ -116,23 +117,23 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
             outputs[2] = ptr(sums.res_dgamma)
             dual = [ptr(other), ptr(norm.mean), ptr(norm.rstd)]
         parts = 3 if dual[0] else 2
-        work = _workspace(native.pointwise_dgrad_floats(n * h * w, c, k, parts), dx)
+        work = _workspace(native.pointwise_dgrad_floats(n * h * w, c, k, parts, tile), dx)
     native.pointwise_dgrad(
         dx.data_ptr(), outputs, g.dz.data_ptr(), ptr(g.mask), weight.data_ptr(), *_gradient(bn),
         *((0, 0) if dres is None else (ptr(dres.dz), ptr(dres.mask))), before, dual, k, ptr(work),
-        *_act(dx), *cuda._place(dx),
+        tile, *_act(dx), *cuda._place(dx),
     )  # fmt: skip
 
 
-def conv_wgrad(dw, g, x, geometry, bn, norm):
+def conv_wgrad(dw, g, x, geometry, bn, norm, tile=0):
     """dw = sum over pixels of dy * h, h = x or relu(normalise(x))."""
     cuda = _native()
     native = cuda._module()
     n, c, h, w = x.shape
     k = dw.shape[0]
-    work = _workspace(native.pointwise_wgrad_floats(n * h * w, c, k), x)
+    work = _workspace(native.pointwise_wgrad_floats(n * h * w, c, k, tile), x)
     native.pointwise_wgrad(
         dw.data_ptr(), dw.stride(0), dw.stride(1), g.dz.data_ptr(), ptr(g.mask), x.data_ptr(),
         *_gradient(bn), _vectors(norm), norm is not None, k, work.data_ptr(),
-        *_act(x), *cuda._place(x),
+        tile, *_act(x), *cuda._place(x),
     )  # fmt: skip

@@ -40,7 +40,8 @@ from .ops import (
     residual_stage,
 )
 from .ops._args import check_conv_bn
-from .ops._ladder import check_fusion, own_rung, parse
+from .ops._choice import parse
+from .ops._ladder import check_fusion, own_rung
 from .ops._rung_b import Program
 from .ops._units import in_format, needs_grad
 from .ops.bn_relu_maxpool import check_window
@@ -146,26 +147,38 @@ def _unmeasured(module: Any, x: Tensor, training: bool) -> tuple[str, str]:
     """(choice, why) where the plan knows nothing."""
     if not (training and x.is_cpu and isinstance(module, ResidualBlockMixin) and x.dim() == 4):
         return plan.HEURISTIC
-    block: Any = module
-    units, shortcut = block_of(block, block._fastres.spec)
-    shapes: list[tuple[int, ...]] = []
-    check_block("residual_block", x, tuple(x.shape), units, shortcut, shapes)
-    inputs = [tuple(x.shape), *shapes[: len(units) - 1], tuple(x.shape)]
-    every = [u.conv for u in (*units, *([] if shortcut is None else [shortcut]))]
     calls = tuple(
         (shape, conv.weight.shape[0], tuple(conv.weight.shape[2:]), tuple(conv.geometry()))
-        for shape, conv in zip(inputs, every, strict=False)
+        for _, shape, conv in conv_calls(module, x)
     )
     dtype, winograd = autocast_dtype(x) or x.dtype, _winograd.switched_off() is None
     return _heuristic.of_block(calls, dtype, winograd, _heuristic.SMALL)
 
 
-def unproven(x: Tensor, *families: str) -> str | None:
-    """Why these families of kernels are not trusted on x's device; None when they are."""
+def conv_calls(module: Any, x: Tensor) -> list[tuple[str, tuple[int, ...], Conv]]:
+    """(name, input's shape, conv) of each conv of a fused block or stem on x; names as in a
+    choice."""
+    spec = module._fastres.spec
+    if not isinstance(module, ResidualBlockMixin):
+        ((conv, _),) = modules_of(module, spec)
+        return [("stem", tuple(x.shape), Conv.of(conv))]
+    block: Any = module
+    units, shortcut = block_of(block, spec)
+    shapes: list[tuple[int, ...]] = []
+    check_block("residual_block", x, tuple(x.shape), units, shortcut, shapes)
+    inputs = [tuple(x.shape), *shapes[: len(units) - 1]]
+    names = [f"conv{i + 1}" for i in range(len(units))]
+    calls = [(n, s, u.conv) for n, s, u in zip(names, inputs, units, strict=True)]
+    return calls if shortcut is None else [*calls, ("shortcut", tuple(x.shape), shortcut.conv)]
+
+
+def unproven(x: Tensor, *families: str, backend: str | None = None) -> str | None:
+    """Why these families of kernels (of x's backend) are not trusted on x's device; None when they
+    are."""
     if torch.compiler.is_compiling():
         return None
     for family in families:
-        reason = selfcheck.obstacle(x, family)
+        reason = selfcheck.obstacle(x, family, backend)
         if reason is not None:
             return reason
     return None
@@ -174,7 +187,10 @@ def unproven(x: Tensor, *families: str) -> str | None:
 def checked_rung(op: str, rung: str | None, x: Tensor) -> str:
     """check_fusion, and an error where the convs of an explicit rung failed their self-check."""
     rung = check_fusion(op, rung, x)
-    reason = unproven(x, "convs") if parse(rung).rung.conv else None
+    choice = parse(rung)
+    reason = unproven(x, "convs") if choice.rung.conv else None
+    if reason is None and choice.cuda:
+        reason = unproven(x, "convs", backend="cuda")
     if reason is not None:
         raise backends.BackendError(f'{op}: fusion="{rung}" cannot run: {reason}')
     return rung

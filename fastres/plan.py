@@ -1,9 +1,9 @@
 """Which kernels run a block: what was measured on this device, and what is done where nothing was.
 
 A *choice* is "eager" (the original forward) or a rung of the fusion ladder, above b with the passes
-of single convs that the vendor's kernels run: "c2 vendor conv2.wgrad shortcut.fprop". It is made
-for each (block, input shape, dtype, layout, training or inference, autocast) on one device, in
-this order:
+of single convs that the vendor's kernels run, and those that the CUDA C++ ones do, on a tile of
+their list: "c2 vendor conv2.wgrad cuda conv1.fprop=pointwise-128x64". It is made for each (block,
+input shape, dtype, layout, training or inference, autocast) on one device, in this order:
 
     1. explicit: `fastres.convert(model, fusion=...)`
     2. the table in the package (fastres/tables/), made like the cache and reviewed
@@ -12,7 +12,8 @@ this order:
        block is too small to gain by it (see `fastres._heuristic`)
 
 A table or cache holds for one identity: device, driver, torch, Triton and fastres versions. Others
-are left alone, with one line in the log. The cache is a sorted JSON file for each identity in
+are left alone, with one line in the log, and so is an entry with a tile that this build does not
+have. The cache is a sorted JSON file for each identity in
 $FASTRES_CACHE (default $XDG_CACHE_HOME/fastres or ~/.cache/fastres), written atomically under a
 lock, so that two processes may tune at once; a corrupt file is set aside, never fatal."""
 
@@ -178,7 +179,7 @@ def decode(text: str) -> tuple[dict[str, str], dict[Key, Entry]]:
 
 
 def _checked(entry: Entry) -> Entry:
-    from fastres.ops._ladder import parse
+    from fastres.ops._choice import parse
 
     if entry.choice != EAGER:
         try:
@@ -283,6 +284,24 @@ def merge(path: Path, who: dict[str, str], entries: dict[Key, Entry]) -> None:
 # --- lookup ---------------------------------------------------------------------------------------
 
 
+def _known(path: Path, entries: dict[Key, Entry]) -> dict[Key, Entry]:
+    """The entries without those on CUDA convs, or a tile, that this build does not have."""
+    from fastres.ops._choice import parse, unbuilt
+
+    found = {}
+    for key, entry in entries.items():
+        reason = None if entry.choice == EAGER else unbuilt(parse(entry.choice))
+        if reason is None:
+            found[key] = entry
+            continue
+        shape = "x".join(map(str, key.shape))
+        log.warning(
+            "fastres: the plan %s has %r for %s on %s: %s; ignored, run fastres.tune again",
+            path, entry.choice, key.block, shape, reason,
+        )  # fmt: skip
+    return found
+
+
 class Plan:
     """The measured choices of one device: the package's table over the user's cache."""
 
@@ -290,7 +309,8 @@ class Plan:
         self.who = who
         self.unsaved: str | None = None  # why the last measurements are not in the file
         self.packaged: dict[Key, Entry] = {}
-        self.cached: dict[Key, Entry] = read(cache_file(who), who)
+        file = cache_file(who)
+        self.cached: dict[Key, Entry] = _known(file, read(file, who))
         if not self.cached:
             tell_stale(who)
         self.version = next(_versions)  # moves when a choice may have changed
@@ -301,7 +321,7 @@ class Plan:
                 log.warning("fastres: the packaged table %s cannot be used: %s", path.name, e)
                 continue
             if found == who:
-                self.packaged |= entries
+                self.packaged |= _known(path, entries)
 
     @property
     def empty(self) -> bool:

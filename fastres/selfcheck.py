@@ -354,12 +354,13 @@ def _remember(who: dict[str, str], passed: set[str]) -> None:
         partial.replace(path)
 
 
-def obstacle(x: Tensor, family: str) -> str | None:
-    """Why the kernels of a family must not run on x's device; None once they were checked there."""
+def obstacle(x: Tensor, family: str, backend: str | None = None) -> str | None:
+    """Why the kernels of a family (of x's backend, or of that one) must not run on x's device; None
+    once they were checked there."""
     if x.dtype == torch.float64 or not ENABLED:
         return None
     try:
-        name: str = backends.select(x).NAME
+        name: str = backend or backends.select(x).NAME
     except backends.BackendError:
         return None  # the op says so itself
     key = (name, x.device, family, x.dtype)

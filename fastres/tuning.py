@@ -30,13 +30,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastres import backends, plan
+from fastres import _tune_cuda, backends, plan
 from fastres.bench.stats import rotation, spread
 from fastres.convert import revert
 from fastres.convert._match import Match, find
 from fastres.convert.verify import check_sample, compare_block
 from fastres.nn import FusedMixin, ResidualBlockMixin, autocast_dtype, plan_key
-from fastres.ops._ladder import PASSES, RUNGS, parse, with_vendor
+from fastres.ops._choice import PASSES, RUNGS, parse, with_pass
 from fastres.plan import EAGER, Entry, Key
 
 MODES = ("training", "inference")
@@ -125,14 +125,15 @@ def tune(
     both. seconds: about how long to time, after checks and compilation. isolate: check candidates
     in a process of their own (default: on CUDA), so that a crash rejects the candidate. per_conv:
     also try, inside the fastest rung with fused convs, the vendor's kernel for each pass of each
-    conv, and take what was faster (choices as "c2 vendor conv2.wgrad"); some ten candidates more
-    for each block. limit: seconds after which nothing new is begun, checks and compilation
-    included; the blocks not done by then are left as they are and listed in the result's `left`.
-    candidate_seconds: how long the check of one candidate in a process of its own may take before
-    it is rejected. missing: only the blocks that have no measurement on this machine yet, as after
-    an interruption. each: called with (path, key, entry) as soon as a block is done. The model is
-    not changed. What was measured before an interruption is kept. In a distributed job all ranks
-    call it; rank 0 measures.
+    conv, and on Hopper every tile of the CUDA C++ ones, and take what was faster (choices as "c2
+    vendor conv2.wgrad cuda conv1.fprop=pointwise-128x64"); some ten candidates more for each block,
+    with the tiles some forty. limit: seconds after which nothing new is begun, checks and
+    compilation included; the blocks not done by then are left as they are and listed in the
+    result's `left`. candidate_seconds: how long the check of one candidate in a process of its own
+    may take before it is rejected. missing: only the blocks that have no measurement on this
+    machine yet, as after an interruption. each: called with (path, key, entry) as soon as a block
+    is done. The model is not changed. What was measured before an interruption is kept. In a
+    distributed job all ranks call it; rank 0 measures.
 
     A candidate's process starts fresh: the calling script is not run again, and needs no
     `if __name__ == "__main__"`. A block with a class of the script itself is checked in this
@@ -151,11 +152,13 @@ def tune(
         raise ValueError(
             "tune: the model has no converted block; call fastres.convert(model) first"
         )
-    if backends.forced() == "cuda":  # nothing in a plan tells whose kernels were measured
+    if backends.forced() == "cuda":
         raise ValueError(
-            'tune: not under use_backend("cuda"): the plan is read by the Triton kernels, which '
-            "run by themselves; call tune outside of it"
+            'tune: not under use_backend("cuda"): a plan is for the kernels that run by '
+            "themselves, and takes the cuda backend's convs where they are faster; call tune "
+            "outside of it"
         )
+    _tune_cuda.lost = None
     deadline = math.inf if limit is None else time.monotonic() + limit
     device = sample.device
     current = plan.current(device)
@@ -238,7 +241,7 @@ def candidates(target: Target) -> list[str]:
     names = [name for name, r in RUNGS.items() if not r.conv or (convs and nhwc)]
     if not isinstance(target.module, ResidualBlockMixin):  # d is c2, behind a pool c2 is c1
         names = [n for n in names if n in ("b", "c1") or (n == "c2" and not _pooled(target.module))]
-    return [EAGER, *names]
+    return [EAGER, *names, *_tune_cuda.whole(target, names)]
 
 
 def _pooled(stem: nn.Module) -> bool:
@@ -344,11 +347,13 @@ def _isolated(
         except (AttributeError, TypeError, RuntimeError, pickle.PicklingError) as e:
             found[NOT_LOADED] = explain(e)
         while NOT_LOADED not in found and (left := [n for n in names if n not in found]):
-            answers, ending = run_child(folder, left, seconds, deadline)
+            batch, limit = _tune_cuda.batch(left, seconds)
+            answers, ending = run_child(folder, batch, limit, deadline)
             found |= answers
             if ending is not None or not answers:
-                first = next((n for n in left if n not in found), left[-1])
+                first = next((n for n in batch if n not in found), batch[-1])
                 found.setdefault(first, ending or "no answer")
+                found |= _tune_cuda.give_up(first, found[first], left)
     if NOT_LOADED in found:
         log.warning(
             "fastres.tune: %s is checked in this process, not in one of its own: %s",
@@ -521,14 +526,23 @@ def refine(
     deadline: float = math.inf,
     candidate_seconds: float = CHILD_SECONDS,
 ) -> str:
-    """`base` with those passes left to the vendor that make it faster, each alone, by more than the
-    noise. What they make together is for the caller to measure."""
+    """`base` with those passes on the vendor's kernels, or on another tile of the cuda backend's,
+    that make it faster, each alone, by more than the noise. What they make together is for the
+    caller to measure."""
     steps = {base: step}
-    names = [with_vendor(base, [name]) for name in passes_of(target)]
-    rejected |= _prepare(target, names, isolate, steps, deadline, candidate_seconds)
+    passes = passes_of(target)
+    ways = _tune_cuda.ways(target, parse(base), passes)
+    names = {with_pass(base, n, to, passes): (n, to) for n in passes for to in ways[n]}
+    rejected |= _prepare(target, list(names), isolate, steps, deadline, candidate_seconds)
     times = _race(steps, seconds, target.x.device)
-    better = [name for name in times if name != base and _faster(times[base], times[name])]
-    return with_vendor(base, [name.split()[-1] for name in better])
+    best: dict[str, tuple[float, str]] = {}
+    for candidate, (name, to) in names.items():
+        ratio = _faster(times[base], times[candidate]) if candidate in times else None
+        if ratio is not None and ratio > best.get(name, (1.0, ""))[0]:
+            best[name] = ratio, to
+    for name, (_, to) in best.items():
+        base = with_pass(base, name, to, passes)
+    return base
 
 
 def _faster(before: list[float], after: list[float]) -> float | None:

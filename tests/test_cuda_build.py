@@ -177,10 +177,10 @@ def test_convolutions_are_refused_before_the_launch(convs):
                          ({11: 300}, "im2col")]:  # fmt: skip
         sizes = tuple(change.get(i, v) for i, v in enumerate(CONV))
         with pytest.raises(ValueError, match=rf"conv_wgrad on x .* weight 24 .*{said}"):
-            convs.conv_wgrad(a, a, a, a, 1, sizes, 0, 0)
+            convs.conv_wgrad(a, a, a, a, 0, 1, sizes, 0, 0)
     with pytest.raises(ValueError, match="conv_fprop on x 2 x 16 x 8 x 8, weight 24 x 16 x 3 x 3.*"
                        "not aligned to 16 bytes"):  # fmt: skip
-        convs.conv_fprop(a, 0, 0, 0, a + 2, a, 1e-5, 0, 1, CONV, 0, 0)
+        convs.conv_fprop(a, 0, 0, 0, a + 2, a, 1e-5, 0, 0, 1, CONV, 0, 0)
 
 
 def test_convolutions_name_kernel_and_shape_in_cudas_errors(convs):
@@ -190,11 +190,11 @@ def test_convolutions_name_kernel_and_shape_in_cudas_errors(convs):
         with pytest.raises(
             RuntimeError, match=r"conv_fprop_act on .* 2 x 24 x 64 bf.*device 99.*cuda"
         ):
-            convs.conv_fprop_act(a, a, a, 0, 0, 0, 0, 0, True, 1, CONV, 99, 0)
+            convs.conv_fprop_act(a, a, a, 0, 0, 0, 0, 0, True, 0, 1, CONV, 99, 0)
 
 
 def schedule(convs, which, rows, channels, taps, depth):
-    s = convs.conv_schedule(which, rows, channels, taps, depth)
+    s = convs.conv_schedule(which, rows, channels, taps, depth, 0)
     return s | {"blocks": s["workers"] * s["columns"] * s["splits"]}
 
 
@@ -221,6 +221,30 @@ def test_resnet_50s_convolutions_fill_one_wave(convs):
         assert waves <= -(-g["blocks"] // 132) <= 1.4 * waves, (size, c, k, r, g)
         partials = g["splits"] * k * c * r * r * 4
         assert partials <= 64 << 20  # about the L2's 50 MB
+
+
+def test_a_tile_that_is_asked_for_is_the_schedules(convs):
+    """Tiles by their place in the lists; a workspace has a row for each of its workers."""
+    for which in range(3):
+        for place, (_, *want, why) in enumerate(convs.conv_tiles(which), 1):
+            assert list(convs.conv_schedule(which, 4096, 512, 9, 512, place)["tile"]) == want
+            assert len(why) > 10
+        with pytest.raises(ValueError, match="tile 3 of a list of 2"):
+            convs.conv_schedule(which, 4096, 512, 9, 512, 3)
+    wide = (256, 14, 14, 512, 512, 1, 1, 14, 14, *(1, 1, 0, 0, 1, 1))
+    for which in (0, 1):
+        floats = [convs.conv_workspace_floats(which, 1, wide, tile) for tile in range(3)]
+        assert floats[0] == floats[1] != floats[2], floats  # 4 columns of 33 workers, or 8 of 16
+    rows, channels = 256 * 14 * 14, 512
+    floats = {
+        "fprop": lambda tile: convs.pointwise_fprop_floats(rows, 64, channels, tile),
+        "dgrad": lambda tile: convs.pointwise_dgrad_floats(rows, channels, 64, 2, tile),
+        "wgrad": lambda tile: convs.pointwise_wgrad_floats(rows, channels, 64, tile),
+    }
+    for op, (_, floats_of) in zip((0, 2, 3), floats.items(), strict=True):
+        places = range(1, len(convs.pointwise_tiles(op)) + 1)
+        found = [floats_of(tile) for tile in places]
+        assert sorted(set(found)) == found and floats_of(0) == found[-1], (op, found)
 
 
 def test_cuda_backend_says_why_it_is_off(monkeypatch):

@@ -21,6 +21,7 @@ FILES = (
     "test_selfcheck.py",
     "test_ops.py",
     "test_cuda_pointwise.py",
+    "test_cuda_tiles.py",
     "test_cuda_ladder.py",
 )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.nn import FastBottleneck
-from fastres.ops import _ladder, _rung_b
+from fastres.ops import _choice, _ladder, _rung_b
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -82,7 +82,7 @@ def test_a_network_trains_on_triton(kind, rung, monkeypatch, no_vendor):
         assert error(got[n], want) <= 2 * max(error(eager[n], want), worst / 4), n
 
 
-@pytest.mark.parametrize("rung", _ladder.RUNGS)
+@pytest.mark.parametrize("rung", _choice.RUNGS)
 def test_convert_runs_each_layer_as_one_stage(rung, monkeypatch):
     """From c1 up the blocks of a layer are one node; on b each block is its own."""
     stages: list[int] = []

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastres
-from fastres.ops import BatchNorm, Block, Conv, Unit, _ladder, _ladder_bwd, residual_stage
-from fastres.ops._ladder import RUNGS
+from fastres.ops import BatchNorm, Block, Conv, Unit, _choice, _ladder, _ladder_bwd, residual_stage
+from fastres.ops._choice import RUNGS
 
 
 @dataclass
@@ -544,7 +544,7 @@ def test_the_named_passes_and_no_others_are_the_vendors(fusion, monkeypatch):
     with fastres.use_backend("reference"):
         step(fused, stage, torch.float64, fusion)
     assert sorted(vendor) == sorted(fusion.split()[2:])
-    assert sorted(vendor + ours) == sorted(f"{c}.{p}" for c in convs for p in _ladder.PASSES)
+    assert sorted(vendor + ours) == sorted(f"{c}.{p}" for c in convs for p in _choice.PASSES)
 
 
 @pytest.mark.parametrize("fusion, message", [
@@ -554,6 +554,10 @@ def test_the_named_passes_and_no_others_are_the_vendors(fusion, monkeypatch):
     ("c2 vendor conv2", "'conv2' is not a pass of a conv"),
     ("c2 vendor conv2.bprop", "'conv2.bprop' is not a pass of a conv"),
     ("c2 vendor conv3.fprop", "names conv3.fprop; the convs are conv1, conv2, shortcut"),
+    ("c2 cuda", "unknown fusion 'c2 cuda'"),
+    ("b cuda all", "on rung b all convs are the vendor's"),
+    ("c2 cuda conv2", "'conv2' is not a pass of a conv"),
+    ("c2 cuda conv2.fprop=wide", "'conv2.fprop=wide' is no pass and its tile"),
 ])  # fmt: skip
 def test_a_choice_that_cannot_be_met_is_named(fusion, message):
     stage = make("basic", blocks=1)
@@ -562,10 +566,42 @@ def test_a_choice_that_cannot_be_met_is_named(fusion, message):
         fused(x, stage, leaves(stage, torch.float64), fusion)
 
 
+CUDA = [
+    ("c2 cuda all", {"conv1.dgrad": "", "conv9.fprop": ""}),
+    ("c2 cuda conv1.fprop=cutlass-256x64", {"conv1.fprop": "cutlass-256x64", "conv2.fprop": None}),
+    (
+        "d vendor conv1.wgrad cuda all conv2.fprop=pointwise-128x64",
+        {"conv1.wgrad": None, "conv1.fprop": "", "conv2.fprop": "pointwise-128x64"},
+    ),
+]
+
+
+@pytest.mark.parametrize("fusion, tiles", CUDA)
+def test_a_choice_names_the_tiles_of_the_cuda_convs(fusion, tiles):
+    choice = _choice.parse(fusion)
+    assert {name: choice.tile(name) for name in tiles} == tiles
+
+
 def test_equal_choices_have_one_name():
-    name = _ladder.with_vendor("c2", ["shortcut.fprop", "conv2.wgrad"])
-    assert name == "c2 vendor conv2.wgrad shortcut.fprop"
-    assert _ladder.with_vendor(name, ["conv1.fprop", "conv2.wgrad"]) == (
+    passes = ["conv1.fprop", "conv2.fprop", "conv2.wgrad", "shortcut.fprop"]
+
+    def path(fusion, *steps):
+        for name, to in steps:
+            fusion = _choice.with_pass(fusion, name, to, passes)
+        return fusion
+
+    vendor = path("c2", ("shortcut.fprop", "vendor"), ("conv2.wgrad", "vendor"))
+    assert vendor == "c2 vendor conv2.wgrad shortcut.fprop"
+    assert path(vendor, ("conv1.fprop", "vendor")) == (
         "c2 vendor conv1.fprop conv2.wgrad shortcut.fprop"
     )
-    assert _ladder.with_vendor("c1", []) == "c1"
+    tile = ("conv1.fprop", "cuda=cutlass-256x64")
+    mixed = path(vendor, tile, ("shortcut.fprop", "cuda"))
+    assert mixed == "c2 vendor conv2.wgrad cuda conv1.fprop=cutlass-256x64 shortcut.fprop"
+    assert path(mixed, ("conv1.fprop", "own"), ("shortcut.fprop", "vendor")) == vendor
+    every = path("c2 cuda all", tile, ("conv2.wgrad", "vendor"))
+    assert every == "c2 vendor conv2.wgrad cuda all conv1.fprop=cutlass-256x64"
+    assert path(every, ("conv1.fprop", "cuda"), ("conv2.wgrad", "cuda")) == "c2 cuda all"
+    assert path(every, ("conv2.fprop", "own")) == (
+        "c2 vendor conv2.wgrad cuda conv1.fprop=cutlass-256x64 shortcut.fprop"
+    )

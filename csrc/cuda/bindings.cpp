@@ -129,38 +129,42 @@ ConvShape shape(int dtype, const Sizes& v) {
 }
 
 void bind_conv_fprop(Ptr y, Ptr mean, Ptr var, Ptr rstd, Ptr x, Ptr w, double eps, Ptr work,
-                     int dtype, const Sizes& sizes, int device, Ptr stream) {
-  conv_fprop(
-      {any(y), f32(mean), f32(var), f32(rstd), any(x), any(w), eps, f32(work), shape(dtype, sizes)},
-      {device, stream});
+                     int tile, int dtype, const Sizes& sizes, int device, Ptr stream) {
+  conv_fprop({any(y), f32(mean), f32(var), f32(rstd), any(x), any(w), eps, f32(work), tile,
+              shape(dtype, sizes)},
+             {device, stream});
 }
 
 void bind_conv_fprop_act(Ptr z, Ptr x, Ptr w, Ptr mean, Ptr rstd, Ptr gamma, Ptr beta, Ptr residual,
-                         bool relu, int dtype, const Sizes& sizes, int device, Ptr stream) {
+                         bool relu, int tile, int dtype, const Sizes& sizes, int device,
+                         Ptr stream) {
   conv_fprop_act({any(z), any(x), any(w), f32(mean), f32(rstd), f32(gamma), f32(beta),
-                  any(residual), relu, shape(dtype, sizes)},
+                  any(residual), relu, tile, shape(dtype, sizes)},
                  {device, stream});
 }
 
 void bind_conv_dgrad(Ptr dx, Ptr dgamma, Ptr dbeta, Ptr res_dgamma, Ptr dy, Ptr w, Ptr dres,
                      Ptr dres_mask, int gate, Ptr mask, Ptr y, Ptr mean, Ptr rstd, Ptr gamma,
-                     Ptr beta, Ptr residual, Ptr res_mean, Ptr res_rstd, Ptr work, int dtype,
-                     const Sizes& sizes, int device, Ptr stream) {
-  conv_dgrad(
-      {any(dx),   f32(dgamma),        f32(dbeta), f32(res_dgamma), any(dy),       any(w),
-       any(dres), u8(dres_mask),      gate,       u8(mask),        any(y),        f32(mean),
-       f32(rstd), f32(gamma),         f32(beta),  any(residual),   f32(res_mean), f32(res_rstd),
-       f32(work), shape(dtype, sizes)},
-      {device, stream});
+                     Ptr beta, Ptr residual, Ptr res_mean, Ptr res_rstd, Ptr work, int tile,
+                     int dtype, const Sizes& sizes, int device, Ptr stream) {
+  conv_dgrad({any(dx),         f32(dgamma),   f32(dbeta),
+              f32(res_dgamma), any(dy),       any(w),
+              any(dres),       u8(dres_mask), gate,
+              u8(mask),        any(y),        f32(mean),
+              f32(rstd),       f32(gamma),    f32(beta),
+              any(residual),   f32(res_mean), f32(res_rstd),
+              f32(work),       tile,          shape(dtype, sizes)},
+             {device, stream});
 }
 
-void bind_conv_wgrad(Ptr dw, Ptr dy, Ptr x, Ptr work, int dtype, const Sizes& sizes, int device,
-                     Ptr stream) {
-  conv_wgrad({any(dw), any(dy), any(x), f32(work), shape(dtype, sizes)}, {device, stream});
+void bind_conv_wgrad(Ptr dw, Ptr dy, Ptr x, Ptr work, int tile, int dtype, const Sizes& sizes,
+                     int device, Ptr stream) {
+  conv_wgrad({any(dw), any(dy), any(x), f32(work), tile, shape(dtype, sizes)}, {device, stream});
 }
 
-py::dict schedule(int pass, I64 rows, I64 channels, I64 taps, I64 depth) {
-  const ConvSchedule s = conv_schedule(static_cast<ConvPass>(pass), rows, channels, taps, depth);
+py::dict schedule(int pass, I64 rows, I64 channels, I64 taps, I64 depth, int tile) {
+  const ConvSchedule s =
+      conv_schedule(static_cast<ConvPass>(pass), rows, channels, taps, depth, tile);
   py::dict out;
   out["tile"] = py::make_tuple(s.tile_m, s.tile_n, s.cluster);
   out["m_tiles"] = s.m_tiles;
@@ -185,10 +189,13 @@ void bind_convs(py::module_& m) {
       "Why the launchers do not take a conv; empty when they do.");
   m.def(
       "conv_workspace_floats",
-      [](int pass, int dtype, const Sizes& sizes) {
-        return conv_workspace_floats(static_cast<ConvPass>(pass), shape(dtype, sizes));
+      [](int pass, int dtype, const Sizes& sizes, int tile) {
+        return conv_workspace_floats(static_cast<ConvPass>(pass), shape(dtype, sizes), tile);
       },
       "Floats of a pass's workspace.");
+  m.def(
+      "conv_tiles", [](int pass) { return tile_list(conv_tiles(static_cast<ConvPass>(pass))); },
+      "(name, rows, columns, cluster, why) of each tile of a pass.");
   m.def("conv_schedule", &schedule, "How a GEMM's tiles are dealt to workers.");
 }
 

@@ -37,7 +37,7 @@ struct PhaseGemm {
 };
 
 PhaseGemm phase_of(const ConvShape& v, const Phase& i, const Phase& j, const void* dy,
-                   const void* w) {
+                   const void* w, int tile) {
   PhaseGemm out{gemm_of(v, dy, w), {}, {}};
   Gemm& g = out.gemm;
   const int64_t taps = i.taps * j.taps;
@@ -72,15 +72,15 @@ PhaseGemm phase_of(const ConvShape& v, const Phase& i, const Phase& j, const voi
   p.stride_w = v.stride_w;
   p.first_h = static_cast<int>(i.first);
   p.first_w = static_cast<int>(j.first);
-  out.schedule = conv_schedule(kDgrad, p.rows, v.c, taps, v.k);
+  out.schedule = conv_schedule(kDgrad, p.rows, v.c, taps, v.k, tile);
   return out;
 }
 
 template <class F>
-void for_phases(const ConvShape& v, const void* dy, const void* w, const F& f) {
+void for_phases(const ConvShape& v, const void* dy, const void* w, int tile, const F& f) {
   for (const Phase& i : conv_phases(v.h, v.r, v.stride_h, v.pad_h, v.dil_h)) {
     for (const Phase& j : conv_phases(v.w, v.s, v.stride_w, v.pad_w, v.dil_w)) {
-      f(phase_of(v, i, j, dy, w));
+      f(phase_of(v, i, j, dy, w, tile));
     }
   }
 }
@@ -92,17 +92,17 @@ Pixels dense(int64_t rows) {
   return p;
 }
 
-ConvSchedule fprop_schedule(const ConvShape& v) {
-  return conv_schedule(kFprop, v.n * v.p * v.q, v.k, v.r * v.s, v.c);
+ConvSchedule fprop_schedule(const ConvShape& v, int tile) {
+  return conv_schedule(kFprop, v.n * v.p * v.q, v.k, v.r * v.s, v.c, tile);
 }
 
-ConvSchedule wgrad_schedule(const ConvShape& v) {
-  return conv_schedule(kWgrad, v.k, v.c, v.r * v.s, v.n * v.p * v.q);
+ConvSchedule wgrad_schedule(const ConvShape& v, int tile) {
+  return conv_schedule(kWgrad, v.k, v.c, v.r * v.s, v.n * v.p * v.q, tile);
 }
 
-int64_t dgrad_chunks(const ConvShape& v) {
+int64_t dgrad_chunks(const ConvShape& v, int tile) {
   int64_t chunks = 0;
-  for_phases(v, nullptr, nullptr, [&](const PhaseGemm& g) { chunks += g.schedule.workers; });
+  for_phases(v, nullptr, nullptr, tile, [&](const PhaseGemm& g) { chunks += g.schedule.workers; });
   return chunks;
 }
 
@@ -164,16 +164,16 @@ std::string conv_why_not(const ConvShape& v) {
   const Gemm g = gemm_of(v, nullptr, nullptr);
   std::string why = gemm_why_not<kFprop>(g);
   if (why.empty()) why = gemm_why_not<kWgrad>(g);
-  for_phases(v, nullptr, nullptr, [&](const PhaseGemm& phase) {
+  for_phases(v, nullptr, nullptr, 0, [&](const PhaseGemm& phase) {
     if (why.empty()) why = gemm_why_not<kDgrad>(phase.gemm);
   });
   return why;
 }
 
-int64_t conv_workspace_floats(ConvPass pass, const ConvShape& v) {
-  if (pass == kFprop) return 2 * fprop_schedule(v).workers * v.k;
-  if (pass == kDgrad) return 3 * dgrad_chunks(v) * v.c;
-  return wgrad_schedule(v).splits * v.k * v.r * v.s * v.c;
+int64_t conv_workspace_floats(ConvPass pass, const ConvShape& v, int tile) {
+  if (pass == kFprop) return 2 * fprop_schedule(v, tile).workers * v.k;
+  if (pass == kDgrad) return 3 * dgrad_chunks(v, tile) * v.c;
+  return wgrad_schedule(v, tile).splits * v.k * v.r * v.s * v.c;
 }
 
 void conv_fprop(const ConvFprop& p, const Place& place) {
@@ -182,7 +182,7 @@ void conv_fprop(const ConvFprop& p, const Place& place) {
   const Act act = act_of(v, v.k, v.p * v.q);
   const OnDevice guard("conv_fprop", act, place);
   const Launch launch{"conv_fprop", act, place};
-  const ConvSchedule s = fprop_schedule(v);
+  const ConvSchedule s = fprop_schedule(v, p.tile);
   with_tile(v.dtype, s, [&](auto type, auto tile) {
     using T = decltype(type);
     using TileOf = decltype(tile);
@@ -201,7 +201,7 @@ void conv_fprop_act(const ConvFpropAct& p, const Place& place) {
   const Act act = act_of(v, v.k, v.p * v.q);
   const OnDevice guard("conv_fprop_act", act, place);
   const Launch launch{"conv_fprop_act", act, place};
-  const ConvSchedule s = fprop_schedule(v);
+  const ConvSchedule s = fprop_schedule(v, p.tile);
   with_tile(v.dtype, s, [&](auto type, auto tile) {
     using T = decltype(type);
     using TileOf = decltype(tile);
@@ -219,10 +219,10 @@ void conv_dgrad(const ConvDgrad& p, const Place& place) {
   const Act act = act_of(v, v.c, v.h * v.w);
   const OnDevice guard("conv_dgrad", act, place);
   const Launch launch{"conv_dgrad", act, place};
-  const int64_t chunks = dgrad_chunks(v);
+  const int64_t chunks = dgrad_chunks(v, p.tile);
   int64_t base = 0;
   Cut cut{};
-  for_phases(v, p.dy, p.w, [&](const PhaseGemm& g) {
+  for_phases(v, p.dy, p.w, p.tile, [&](const PhaseGemm& g) {
     const ConvSchedule& s = g.schedule;
     cut = worker_cut(s, v.c, chunks);
     with_tile(v.dtype, s, [&](auto type, auto tile) {
@@ -245,7 +245,7 @@ void conv_wgrad(const ConvWgrad& p, const Place& place) {
   const Act act = act_of(v, v.k, v.p * v.q);
   const OnDevice guard("conv_wgrad", act, place);
   const Launch launch{"conv_wgrad", act, place};
-  const ConvSchedule s = wgrad_schedule(v);
+  const ConvSchedule s = wgrad_schedule(v, p.tile);
   const auto gemm = [&](auto type, auto tile) {
     using T = decltype(type);
     using TileOf = decltype(tile);

@@ -30,6 +30,7 @@ struct ConvFprop {
   const void *x, *w;
   double eps;
   float* work;  // or null: no statistics
+  int tile;     // of conv_tiles
   ConvShape conv;
 };
 
@@ -40,6 +41,7 @@ struct ConvFpropAct {
   const float *mean, *rstd, *gamma, *beta;  // null: 0, 1, 1, 0
   const void* residual;                     // or null
   bool relu;
+  int tile;
   ConvShape conv;
 };
 
@@ -58,6 +60,7 @@ struct ConvDgrad {
   const void* residual;
   const float *res_mean, *res_rstd;
   float* work;  // where there are sums
+  int tile;
   ConvShape conv;
 };
 
@@ -66,6 +69,7 @@ struct ConvWgrad {
   void* dw;
   const void *dy, *x;
   float* work;
+  int tile;
   ConvShape conv;
 };
 
@@ -79,8 +83,11 @@ std::string conv_why_not(const ConvShape& conv);
 
 enum ConvPass : int { kFprop = 0, kDgrad = 1, kWgrad = 2 };
 
-// Floats of a pass's workspace.
-int64_t conv_workspace_floats(ConvPass pass, const ConvShape& conv);
+// The tiles of a pass.
+const std::vector<TileChoice>& conv_tiles(ConvPass pass);
+
+// Floats of a pass's workspace, given the tile.
+int64_t conv_workspace_floats(ConvPass pass, const ConvShape& conv, int tile);
 
 // --- how the tiles of a GEMM are dealt to workers ---
 
@@ -103,7 +110,7 @@ struct ConvSchedule {
 constexpr int kTileK = 64;  // 128 bytes of a 16-bit type: the widest swizzle of TMA and wgmma
 
 ConvSchedule conv_schedule(ConvPass pass, int64_t rows, int64_t channels, int64_t taps,
-                           int64_t depth);
+                           int64_t depth, int tile);
 
 // One phase of dgrad along one axis: x pixel i * stride + first gets from y pixel i + off - t *
 // step by tap tap0 + t * tap_step, t < taps.

@@ -28,18 +28,29 @@ constexpr double kBytesPerClock = 2450;
 
 int64_t padded(int64_t v, int64_t tile) { return ceil_div(v, tile) * tile; }
 
-// 128 wide loads each operand once for 128 of the other, 64 B a clock at full rate, about twice
-// what the L2 gives an SM: hence clusters of two, which share the columns' operand (48 B). 64 wide
-// where that pads fewer columns (ResNet's 64-channel layers: half of the products would be of
-// zeros), then 256 tall, as the tall operand's bytes cannot be shared and 128 tall would load 96 B
-// a clock.
-int columns_of(int64_t channels) { return padded(channels, 64) < padded(channels, 128) ? 64 : 128; }
+// The wide tile, then the narrow one.
+const std::vector<TileChoice> kTiles{
+    {"cutlass-128x128-pair", 128, 128, 2,
+     "loads 64 B a clock at full rate, about twice what the L2 gives an SM; two blocks share the "
+     "columns' operand: 48 B"},
+    {"cutlass-256x64", 256, 64, 1,
+     "64 columns: no products of zeros; 256 tall, as 128 would load 96 B a clock"}};
+const std::vector<TileChoice> kWgradTiles{
+    {"cutlass-128x128", 128, 128, 1, "loads 64 B a clock at full rate"},
+    {"cutlass-128x64", 128, 64, 1, "64 input channels: no products of zeros"}};
 
-ConvSchedule wgrad_schedule(int64_t k, int64_t c, int64_t taps, int64_t pixels) {
+// By shape: the narrow one where it pads fewer columns (ResNet's 64-channel layers).
+const TileChoice& tile_of(ConvPass pass, int64_t channels, int tile) {
+  const int narrow = padded(channels, 64) < padded(channels, 128) ? 2 : 1;
+  return tile_at(conv_tiles(pass), tile == 0 ? narrow : tile);
+}
+
+ConvSchedule wgrad_schedule(int64_t k, int64_t c, int64_t taps, int64_t pixels,
+                            const TileChoice& tile) {
   ConvSchedule s{};
-  s.tile_m = 128;
-  s.tile_n = columns_of(c);
-  s.cluster = 1;
+  s.tile_m = tile.rows;
+  s.tile_n = tile.columns;
+  s.cluster = tile.cluster;
   s.m_tiles = s.workers = ceil_div(k, s.tile_m);
   s.per = 1;
   s.columns = ceil_div(c, s.tile_n) * taps;
@@ -69,13 +80,18 @@ ConvSchedule wgrad_schedule(int64_t k, int64_t c, int64_t taps, int64_t pixels) 
 
 }  // namespace
 
+const std::vector<TileChoice>& conv_tiles(ConvPass pass) {
+  return pass == kWgrad ? kWgradTiles : kTiles;
+}
+
 ConvSchedule conv_schedule(ConvPass pass, int64_t rows, int64_t channels, int64_t taps,
-                           int64_t depth) {
-  if (pass == kWgrad) return wgrad_schedule(rows, channels, taps, depth);
+                           int64_t depth, int tile) {
+  const TileChoice& of = tile_of(pass, channels, tile);
+  if (pass == kWgrad) return wgrad_schedule(rows, channels, taps, depth, of);
   ConvSchedule s{};
-  s.tile_n = columns_of(channels);
-  s.tile_m = s.tile_n == 64 ? 256 : 128;
-  s.cluster = s.tile_n == 64 ? 1 : 2;
+  s.tile_m = of.rows;
+  s.tile_n = of.columns;
+  s.cluster = of.cluster;
   s.m_tiles = ceil_div(rows, s.tile_m);
   s.columns = ceil_div(channels, s.tile_n);
   const int64_t groups = ceil_div(s.m_tiles, s.cluster);

@@ -46,6 +46,14 @@ std::string dims(const Act& a) {
 
 }  // namespace
 
+const TileChoice& tile_at(const std::vector<TileChoice>& list, int place) {
+  if (place < 1 || place > static_cast<int>(list.size())) {
+    throw std::invalid_argument("fastres cuda: tile " + std::to_string(place) + " of a list of " +
+                                std::to_string(list.size()));
+  }
+  return list[static_cast<size_t>(place) - 1];
+}
+
 std::string describe(const char* name, const Act& a) {
   const char* dtypes[] = {"float32", "bfloat16", "float16"};
   return std::string(name) + " on (N x C x H*W) = " + dims(a) + " " + dtypes[a.dtype] +

@@ -4,6 +4,7 @@
 
 #include <array>
 #include <string>
+#include <vector>
 
 #include "../cpu/kernels.h"
 
@@ -28,6 +29,17 @@ void bn_relu_maxpool_bwd_apply(const BnReluMaxpoolBwd& p, const Place& place);
 
 // Floats of the workspace of a reduction of `parts` sums, for any of its cuts.
 int64_t workspace_floats(const Act& act, int parts);
+
+// A tile of sums that a convolution has kernels for. Its launchers take the place in their list,
+// from 1, or 0: the tile that they choose by shape. Plan files know it by its name.
+struct TileChoice {
+  const char* name;
+  int rows, columns, cluster;
+  const char* why;
+};
+
+// The tile at `place` of a list, from 1; throws std::invalid_argument where it has none.
+const TileChoice& tile_at(const std::vector<TileChoice>& list, int place);
 
 // Compute capabilities in the build, "80 90a ptx80": machine code, then PTX.
 std::string built_archs();

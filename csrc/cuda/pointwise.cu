@@ -24,10 +24,26 @@ constexpr int kStagesWanted = 4;
 
 }  // namespace
 
-int tile_columns(int64_t width, int most) {
-  int n = 64;
-  while (n < most && n < width) n *= 2;
-  return n;
+// Each has a block of two warpgroups over 128 pixels.
+const std::vector<TileChoice>& pointwise_tiles(PointwiseOp op) {
+  constexpr const char* kNarrow = "64 columns: no products of zeros";
+  static const std::vector<TileChoice> wide{
+      {"pointwise-128x64", kTileRows, 64, 1, kNarrow},
+      {"pointwise-128x128", kTileRows, 128, 1, "more blocks and stages than 256 columns leave"},
+      {"pointwise-128x256", kTileRows, 256, 1, "the prologue and the rows' loads once for 256"}};
+  // conv_fprop_act and conv_dgrad spill at 256
+  static const std::vector<TileChoice> half{
+      wide[0],
+      {"pointwise-128x128", kTileRows, 128, 1, "the prologue and the rows' loads once for 128"}};
+  return op == kPointFprop || op == kPointWgrad ? wide : half;
+}
+
+int tile_columns(PointwiseOp op, int64_t width, int tile) {
+  const std::vector<TileChoice>& tiles = pointwise_tiles(op);
+  if (tile != 0) return tile_at(tiles, tile).columns;
+  size_t i = 0;
+  while (i + 1 < tiles.size() && tiles[i].columns < width) ++i;
+  return tiles[i].columns;
 }
 
 int64_t blocks() { return kBlocks; }

@@ -25,6 +25,7 @@ struct PointwiseFpropArgs {
   void* z;          // the block's output, or null
   uint8_t* z_mask;  // its bits, or null
   double eps;
+  int tile;  // of pointwise_tiles
   int64_t k;
   Act act;  // of x
 };
@@ -35,6 +36,7 @@ struct PointwiseFpropActArgs {
   PointwiseNorm norm;    // of the output
   const void* residual;  // or null
   bool relu;
+  int tile;
   int64_t k;
   Act act;  // of x
 };
@@ -61,6 +63,7 @@ struct PointwiseDgradArgs {
   PointwiseNorm prev;
   const void* dual;  // the dual shortcut's raw input, or null
   const float *dual_mean, *dual_rstd;
+  int tile;
   int64_t k;
   Act act;  // of dx
 };
@@ -75,17 +78,22 @@ struct PointwiseWgradArgs {
   bool has_bn;
   PointwiseNorm norm;  // of x
   bool has_norm;
+  int tile;
   int64_t k;
   Act act;  // of x
 };
 
 void pointwise_fprop(const PointwiseFpropArgs& p, float* work, const Place& place);
 void pointwise_fprop_act(const PointwiseFpropActArgs& p, const Place& place);
-int64_t pointwise_fprop_floats(int64_t rows, int64_t c, int64_t k);
+int64_t pointwise_fprop_floats(int64_t rows, int64_t c, int64_t k, int tile);
 void pointwise_dgrad(const PointwiseDgradArgs& p, float* work, const Place& place);
-int64_t pointwise_dgrad_floats(int64_t rows, int64_t c, int64_t k, int parts);
+int64_t pointwise_dgrad_floats(int64_t rows, int64_t c, int64_t k, int parts, int tile);
 void pointwise_wgrad(const PointwiseWgradArgs& p, float* work, const Place& place);
-int64_t pointwise_wgrad_floats(int64_t rows, int64_t c, int64_t k);
+int64_t pointwise_wgrad_floats(int64_t rows, int64_t c, int64_t k, int tile);
+
+// The tiles of an op.
+enum PointwiseOp : int { kPointFprop, kPointFpropAct, kPointDgrad, kPointWgrad };
+const std::vector<TileChoice>& pointwise_tiles(PointwiseOp op);
 
 // What a launch is made of.
 struct PointwiseShape {

@@ -6,29 +6,30 @@ namespace fastres {
 namespace cuda {
 namespace {
 
-// 128 columns: beside 64 accumulators and 32 fragments, the epilogue holds 6 units of 4 registers
-// in flight and 24 sums; 256 columns spill 56 registers. From 1024 columns on the tiles wait for g
-// and y, read from L2 for each (bench/pointwise_model.py): there the vendor's conv may be faster.
-constexpr int kMostColumns = 128;
+// At most 128 columns: beside 64 accumulators and 32 fragments, the epilogue holds 6 units of 4
+// registers in flight and 24 sums; 256 columns spill 56 registers. From 1024 columns on the tiles
+// wait for g and y, read from L2 for each (bench/pointwise_model.py): there the vendor's conv may
+// be faster.
+int columns_of(int64_t c, int tile) { return tile_columns(kPointDgrad, c, tile); }
 
-Schedule dgrad_schedule(int64_t rows, int64_t c, int64_t k, bool bn, bool y, bool mask, bool prev) {
+Schedule dgrad_schedule(int64_t rows, int64_t c, int64_t k, bool bn, bool y, bool mask, bool prev,
+                        int tile) {
   Needs needs;
   needs.y = y;
   needs.bits = mask ? kTileRows * kTileChannels / 8 : 0;
   needs.row_planes = bn ? 4 : 0;
   needs.column_planes = prev ? 4 : 0;
-  return schedule(rows, k, c, tile_columns(c, kMostColumns), needs);
+  return schedule(rows, k, c, columns_of(c, tile), needs);
 }
 
 }  // namespace
 
-int64_t pointwise_dgrad_floats(int64_t rows, int64_t c, int64_t k, int parts) {
-  return parts * dgrad_schedule(rows, c, k, true, true, true, true).chunks * c;
+int64_t pointwise_dgrad_floats(int64_t rows, int64_t c, int64_t k, int parts, int tile) {
+  return parts * dgrad_schedule(rows, c, k, true, true, true, true, tile).chunks * c;
 }
 
 PointwiseShape pointwise_dgrad_shape(int64_t rows, int64_t c, int64_t k) {
-  return shape_of(dgrad_schedule(rows, c, k, true, true, true, true),
-                  tile_columns(c, kMostColumns));
+  return shape_of(dgrad_schedule(rows, c, k, true, true, true, true, 0), columns_of(c, 0));
 }
 
 void pointwise_dgrad(const PointwiseDgradArgs& a, float* work, const Place& place) {
@@ -54,7 +55,7 @@ void pointwise_dgrad(const PointwiseDgradArgs& a, float* work, const Place& plac
   p.c = c;
   p.k = a.k;
   const bool read_y = p.bn.on && p.bn.training;
-  p.s = dgrad_schedule(rows, c, a.k, p.bn.on, read_y, p.mask != nullptr, p.prev != nullptr);
+  p.s = dgrad_schedule(rows, c, a.k, p.bn.on, read_y, p.mask != nullptr, p.prev != nullptr, a.tile);
   check_ring(small, p.s);
   p.g = tensor_map(small, a.dz, rows, a.k, kTileRows);
   if (read_y) p.y = tensor_map(small, a.bn.y, rows, a.k, kTileRows);
@@ -65,8 +66,8 @@ void pointwise_dgrad(const PointwiseDgradArgs& a, float* work, const Place& plac
   with_half(a.act.dtype, [&](auto type) {
     using T = decltype(type);
     run(launch, p.s.chunks * p.s.columns,
-        tile_columns(c, kMostColumns) == 64 ? pointwise_dgrad_kernel<T, 64>
-                                            : pointwise_dgrad_kernel<T, 128>,
+        columns_of(c, a.tile) == 64 ? pointwise_dgrad_kernel<T, 64>
+                                    : pointwise_dgrad_kernel<T, 128>,
         p);
   });
   if (a.prev_y != nullptr) {

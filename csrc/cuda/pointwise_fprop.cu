@@ -20,33 +20,35 @@ Needs fprop_needs(int row_planes) {
 }
 
 // Where the vectors over many channels leave no room for a ring of wide tiles (the block form with
-// two norms, C > 3520), 128 columns.
+// two norms, C > 3520), 128 columns; a tile that was asked for is left to check_ring.
 template <int FORM>
-int fprop_columns(int64_t c, int64_t k, int row_planes) {
-  const int n = tile_columns(k, FORM == kAct ? 128 : 256);
+int fprop_columns(int64_t c, int64_t k, int row_planes, int tile) {
+  const int n = tile_columns(FORM == kAct ? kPointFpropAct : kPointFprop, k, tile);
+  if (tile != 0) return n;
   const int steps = static_cast<int>(ceil_div(c, kTileChannels));
   const bool fits = shared_memory(steps, n, fprop_needs<FORM>(row_planes)).stages >= kStagesLeast;
   return n == 256 && !fits ? 128 : n;
 }
 
 template <int FORM>
-Schedule fprop_schedule(int64_t rows, int64_t c, int64_t k, int row_planes) {
-  return schedule(rows, c, k, fprop_columns<FORM>(c, k, row_planes), fprop_needs<FORM>(row_planes));
+Schedule fprop_schedule(int64_t rows, int64_t c, int64_t k, int row_planes, int tile) {
+  return schedule(rows, c, k, fprop_columns<FORM>(c, k, row_planes, tile),
+                  fprop_needs<FORM>(row_planes));
 }
 
 template <int FORM>
 PointwiseShape fprop_shape(int64_t rows, int64_t c, int64_t k, int row_planes) {
-  return shape_of(fprop_schedule<FORM>(rows, c, k, row_planes),
-                  fprop_columns<FORM>(c, k, row_planes));
+  return shape_of(fprop_schedule<FORM>(rows, c, k, row_planes, 0),
+                  fprop_columns<FORM>(c, k, row_planes, 0));
 }
 
 template <int FORM>
 void launch_fprop(Launch launch, PointwiseFprop& p, const void* x, const void* weight,
-                  const void* shortcut) {
+                  const void* shortcut, int tile) {
   const Act& act = launch.act;
   const int row_planes = 3 * (p.norm + p.res_norm);
-  const int n = fprop_columns<FORM>(p.c, p.k, row_planes);
-  p.s = fprop_schedule<FORM>(act.outer, p.c, p.k, row_planes);
+  const int n = fprop_columns<FORM>(p.c, p.k, row_planes, tile);
+  p.s = fprop_schedule<FORM>(act.outer, p.c, p.k, row_planes, tile);
   check_ring(launch, p.s);
   p.x = tensor_map(launch, x, act.outer, p.c, kTileRows);
   p.w = tensor_map(launch, weight, p.k, p.c, n);
@@ -72,8 +74,8 @@ PointwiseShape pointwise_fprop_shape(int form, int64_t rows, int64_t c, int64_t 
 }
 
 // No form has more chunks: a narrower tile means more columns of them, and fewer chunks.
-int64_t pointwise_fprop_floats(int64_t rows, int64_t c, int64_t k) {
-  return 2 * fprop_schedule<kPlain>(rows, c, k, 3).chunks * k;
+int64_t pointwise_fprop_floats(int64_t rows, int64_t c, int64_t k, int tile) {
+  return 2 * fprop_schedule<kPlain>(rows, c, k, 3, tile).chunks * k;
 }
 
 void pointwise_fprop(const PointwiseFpropArgs& a, float* work, const Place& place) {
@@ -98,9 +100,9 @@ void pointwise_fprop(const PointwiseFpropArgs& a, float* work, const Place& plac
   p.c = a.act.c;
   p.k = a.k;
   if (a.shortcut != nullptr) {
-    launch_fprop<kBlock>(launch, p, a.x, a.weight, a.shortcut);
+    launch_fprop<kBlock>(launch, p, a.x, a.weight, a.shortcut, a.tile);
   } else {
-    launch_fprop<kPlain>(launch, p, a.x, a.weight, nullptr);
+    launch_fprop<kPlain>(launch, p, a.x, a.weight, nullptr, a.tile);
   }
   if (a.mean != nullptr) {
     run(launch, ceil_div(a.k, kFinaliseChannels), pointwise_stats_finalise_kernel, a.mean, a.var,
@@ -123,7 +125,7 @@ void pointwise_fprop_act(const PointwiseFpropActArgs& a, const Place& place) {
   p.relu = a.relu;
   p.c = a.act.c;
   p.k = a.k;
-  launch_fprop<kAct>(launch, p, a.x, a.weight, nullptr);
+  launch_fprop<kAct>(launch, p, a.x, a.weight, nullptr, a.tile);
 }
 
 }  // namespace cuda

@@ -27,8 +27,8 @@ Schedule shared_memory(int steps, int n, const Needs& needs);
 // Of a GEMM of `rows` x `width` over `length` in tiles of kTileRows x n.
 Schedule schedule(int64_t rows, int64_t length, int64_t width, int n, const Needs& needs);
 
-// The columns of a tile: `most` at most, no wider than `width` asks for.
-int tile_columns(int64_t width, int most);
+// The columns of an op's tile; by shape the widest that is no wider than `width` asks for.
+int tile_columns(PointwiseOp op, int64_t width, int tile);
 
 // A stage is given back after the next one's wgmmas were issued (Multiply): a ring of one would
 // wait for itself.

@@ -6,14 +6,17 @@ namespace fastres {
 namespace cuda {
 namespace {
 
-// 256 columns: 128 accumulators a thread, no epilogue to feed. A tile of 128 x 256 multiplies 85
-// times what it loads of L2 (2 * 128 * 256 / (128 + 256) / 2 flops a byte), of 128 x 128 64 times.
-constexpr int kMostColumns = 256;
+// At most 256 columns: 128 accumulators a thread, no epilogue to feed. A tile of 128 x 256
+// multiplies 85 times what it loads of L2 (2 * 128 * 256 / (128 + 256) / 2 flops a byte), of 128 x
+// 128 64 times.
+int columns_of(int64_t c, int tile) { return tile_columns(kPointWgrad, c, tile); }
+
 // Steps of 64 pixels that a split has at least: its ring must fill, its partial be stored.
 constexpr int64_t kLeastSteps = 8;
 
-Schedule wgrad_schedule(int64_t rows, int64_t c, int64_t k, bool y, bool mask, bool norm) {
-  const int n = tile_columns(c, kMostColumns);
+Schedule wgrad_schedule(int64_t rows, int64_t c, int64_t k, bool y, bool mask, bool norm,
+                        int tile) {
+  const int n = columns_of(c, tile);
   const int64_t tiles = ceil_div(k, kTileRows) * ceil_div(c, n);
   Needs needs;
   needs.y = y;
@@ -33,12 +36,12 @@ Schedule wgrad_schedule(int64_t rows, int64_t c, int64_t k, bool y, bool mask, b
 
 }  // namespace
 
-int64_t pointwise_wgrad_floats(int64_t rows, int64_t c, int64_t k) {
-  return wgrad_schedule(rows, c, k, true, true, true).chunks * k * c;
+int64_t pointwise_wgrad_floats(int64_t rows, int64_t c, int64_t k, int tile) {
+  return wgrad_schedule(rows, c, k, true, true, true, tile).chunks * k * c;
 }
 
 PointwiseShape pointwise_wgrad_shape(int64_t rows, int64_t c, int64_t k) {
-  return shape_of(wgrad_schedule(rows, c, k, true, true, true), tile_columns(c, kMostColumns));
+  return shape_of(wgrad_schedule(rows, c, k, true, true, true, 0), columns_of(c, 0));
 }
 
 void pointwise_wgrad(const PointwiseWgradArgs& a, float* work, const Place& place) {
@@ -46,7 +49,7 @@ void pointwise_wgrad(const PointwiseWgradArgs& a, float* work, const Place& plac
   const Launch small{"conv_wgrad", a.act, place};
   check_pointwise(small, a.k, {a.dz, a.x, a.bn.y, work});
   const int64_t rows = a.act.outer, c = a.act.c;
-  const int n = tile_columns(c, kMostColumns);
+  const int n = columns_of(c, a.tile);
   PointwiseWgrad p{};
   p.part = work;
   p.mask = a.mask;
@@ -60,7 +63,7 @@ void pointwise_wgrad(const PointwiseWgradArgs& a, float* work, const Place& plac
   p.k = a.k;
   p.c_tiles = static_cast<int>(ceil_div(c, n));
   const bool read_y = p.bn.on && p.bn.training;
-  p.s = wgrad_schedule(rows, c, a.k, read_y, p.mask != nullptr, p.norm);
+  p.s = wgrad_schedule(rows, c, a.k, read_y, p.mask != nullptr, p.norm, a.tile);
   check_ring(small, p.s);
   p.g = tensor_map(small, a.dz, rows, a.k, kTileChannels);
   if (read_y) p.y = tensor_map(small, a.bn.y, rows, a.k, kTileChannels);

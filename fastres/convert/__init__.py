@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastres import memory, plan
 from fastres.nn import FusedMixin, Fusion, fuse, unfuse
 from fastres.ops import _fixed
-from fastres.ops._ladder import parse
+from fastres.ops._choice import parse
 
 from ._match import Match, find
 from .report import Report, Row, report

@@ -15,7 +15,8 @@ from fastres._layout import is_nhwc
 from fastres._spec import Spec, child, spec_obstacle
 from fastres.nn import FusedMixin, asked_rung
 from fastres.ops import Conv
-from fastres.ops._ladder import own_missing, parse, vendor_reason
+from fastres.ops._choice import parse
+from fastres.ops._ladder import own_missing, vendor_reason
 
 from ._match import Match, find, original_type
 

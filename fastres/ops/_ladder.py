@@ -11,17 +11,15 @@ backward is _ladder_bwd.
 
 A conv that the backend's kernels do not take runs on the vendor's with the passes of rung b around
 it, whatever the rung: `vendor_reason` says why. So does one that the choice leaves to it, pass by
-pass: "c2 vendor conv2.wgrad shortcut.fprop" (`parse`).
+pass: "c2 vendor conv2.wgrad shortcut.fprop" (`parse`). A choice may also give passes to the `cuda`
+backend's convs, all or some, on a tile of their list: "c2 cuda all conv2.fprop=cutlass-256x64".
 Between the blocks of a stage the fusions of c1 and d reach across; the batch norm sums of a stage's
 last block, and its output, take their own pass."""
 
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Iterable
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +29,7 @@ from fastres._contract import Normalise
 from fastres._contract import Shortcut as ShortcutArgument
 from fastres._layout import is_dense, is_nhwc
 
+from ._choice import Choice, parse, unbuilt
 from ._units import (
     GEOMETRY,
     Norm,
@@ -47,62 +46,6 @@ from ._units import (
     running_statistics,
     vector,
 )
-
-
-class Rung(NamedTuple):
-    """Which fusions a rung has on top of b's."""
-
-    conv: bool = False  # statistics, normalise, gate and sums in the convs
-    fold: bool = False  # the batch norm's backward in dgrad's and wgrad's prologue
-    joint: bool = False  # dgrad and wgrad in one kernel, the block's output as a side output
-
-
-RUNGS = {
-    "b": Rung(),
-    "c1": Rung(conv=True),
-    "c2": Rung(conv=True, fold=True),
-    "d": Rung(conv=True, fold=True, joint=True),
-}
-
-
-PASSES = ("fprop", "dgrad", "wgrad")
-_NAMED = re.compile(r"(conv[1-9]\d*|shortcut|stem)\.(" + "|".join(PASSES) + ")")
-
-
-class Choice(NamedTuple):
-    """A rung, and the passes ("conv2.wgrad") of a block's convs that the vendor's kernels run."""
-
-    rung: Rung
-    vendor: frozenset[str] = frozenset()
-
-
-def parse(fusion: str) -> Choice:
-    """What a fusion's name stands for: a rung, or a rung above b, the word "vendor" and some
-    passes, conv1 being a block's first conv, shortcut its projection, and stem the conv of a
-    network's stem. ValueError otherwise."""
-    if fusion in RUNGS:
-        return Choice(RUNGS[fusion])
-    name, _, rest = fusion.partition(" vendor ")
-    if name not in RUNGS or not rest.split():
-        raise ValueError(f"unknown fusion {fusion!r}; known: {', '.join(RUNGS)}")
-    if not RUNGS[name].conv:
-        raise ValueError(f"fusion {fusion!r}: on rung {name} all convs are the vendor's")
-    for word in rest.split():
-        if not _NAMED.fullmatch(word):
-            raise ValueError(
-                f"fusion {fusion!r}: {word!r} is not a pass of a conv, as conv1.fprop, "
-                "conv2.dgrad or shortcut.wgrad"
-            )
-    return Choice(RUNGS[name], frozenset(rest.split()))
-
-
-def with_vendor(fusion: str, passes: Iterable[str]) -> str:
-    """The fusion with these passes of convs left to the vendor; sorted, so that equal choices have
-    one name."""
-    name, _, rest = fusion.partition(" vendor ")
-    words = sorted({*rest.split(), *passes})
-    return " ".join([name, "vendor", *words]) if words else name
-
 
 # Backends whose `use_backend` is a request for every conv, too: those with kernels of their own.
 # (The reference's are torch's.) c2: d's joint kernels are worth it where measured.
@@ -143,7 +86,7 @@ def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
                 f"{op}: {asked} needs fused convolutions, which the {backend.NAME} "
                 f'backend does not have; use fusion="b" on {x.device.type} tensors'
             )
-        reason = backend.conv_missing(x.device)
+        reason = backend.conv_missing(x.device) or cuda_reason(choice, x)
         if reason is not None:
             raise backends.BackendError(f"{op}: {asked} cannot run: {reason}")
         if not is_nhwc(x):
@@ -153,6 +96,17 @@ def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
                 'on the model, or fusion="b"'
             )
     return fusion
+
+
+def cuda_reason(choice: Choice, x: Tensor) -> str | None:
+    """Why the passes that a choice gives to the cuda backend's convs cannot run there; None when
+    they can, or there are none."""
+    if not choice.cuda:
+        return None
+    from fastres import _cuda
+
+    reason = backends.supports("cuda", x.device, x.dtype) or _cuda.conv_missing(x.device)
+    return reason or unbuilt(choice)
 
 
 class Stage(NamedTuple):
@@ -185,19 +139,34 @@ class Stage(NamedTuple):
         return out
 
 
-def fuses(backend: ModuleType, stage: Stage, x: Tensor, weight: Tensor, i: int, which: str) -> bool:
-    """Whether a pass of unit i runs on the backend's own kernels."""
+def fuses(backend: Any, stage: Stage, x: Tensor, weight: Tensor, i: int, which: str) -> bool:
+    """Whether a pass of unit i runs on a fused kernel."""
     choice = parse(stage.fusion)
     if not choice.rung.conv:
         return False
     if choice.vendor and f"{stage.names()[i]}.{which}" in choice.vendor:
         return False
-    return vendor_reason(backend, x, weight, stage.of_unit(i)) is None
+    convs = convs_of(backend, stage, i, which)
+    return vendor_reason(convs, x, weight, stage.of_unit(i)) is None
 
 
-def vendor_reason(
-    backend: ModuleType, x: Tensor, weight: Tensor, geometry: list[int]
-) -> str | None:
+def convs_of(backend: Any, stage: Stage, i: int, which: str) -> Any:
+    """Whose fused convs run a pass of unit i: the backend's, or the cuda backend's on a tile."""
+    choice = parse(stage.fusion)
+    return convs_named(backend, choice, f"{stage.names()[i]}.{which}") if choice.cuda else backend
+
+
+def convs_named(backend: Any, choice: Choice, name: str) -> Any:
+    """The same for a pass by its name."""
+    tile = choice.tile(name)
+    if tile is None:
+        return backend
+    from fastres import _cuda
+
+    return _cuda.Convs(tile)
+
+
+def vendor_reason(backend: Any, x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
     """Why a conv runs on the vendor's kernels on rungs c1 and up whatever the choice; None when it
     can run fused."""
     if not hasattr(backend, "conv_why_not"):
@@ -344,7 +313,8 @@ class Forward:
                     mask = alloc_mask(raw, True)
                     self.zs.append(z)
                     self.masks.append(mask)
-        self.backend.conv_fprop(y, stats, z, mask, h, weight, geometry, norm, shortcut, eps)
+        convs = convs_of(self.backend, stage, i, "fprop")
+        convs.conv_fprop(y, stats, z, mask, h, weight, geometry, norm, shortcut, eps)
         return Pending(y, self.norm(i, y, stats)), h if z is None else z
 
     def run(self, x: Tensor) -> Tensor:
@@ -396,7 +366,8 @@ class Forward:
         if residual is not None:
             residual = in_format(residual, is_nhwc(y), "residual_block shortcut")
         if fused:
-            self.backend.conv_fprop_act(y, x, weight, geometry, as_normalise(norm), residual, relu)
+            convs = convs_of(self.backend, self.stage, i, "fprop")
+            convs.conv_fprop_act(y, x, weight, geometry, as_normalise(norm), residual, relu)
             return y
         shortcut = None if residual is None else Shortcut(residual)
         return normalise(y, norm, relu, False, shortcut, out=y)[0]

@@ -12,7 +12,16 @@ from fastres._contract import Gradient, NormGradient, Previous, Sums
 from fastres._contract import Shortcut as ShortcutArgument
 from fastres._layout import is_nhwc
 
-from ._ladder import Pending, Stage, as_normalise, fuses, kernel_weight, parse, weight_like
+from ._choice import parse
+from ._ladder import (
+    Pending,
+    Stage,
+    as_normalise,
+    convs_of,
+    fuses,
+    kernel_weight,
+    weight_like,
+)
 from ._units import (
     Norm,
     Shortcut,
@@ -147,10 +156,12 @@ class Backward:
                 dual = prev.shortcut is not None and prev.shortcut.norm is not None
                 sums = Sums(*alloc_vectors(raw, 3 if dual else 2))
             result = Incoming(dx, "none", None, sums)
+        dgrad, wgrad = (convs_of(self.backend, self.stage, i, p) for p in ("dgrad", "wgrad"))
         if (
             self.rung.joint
             and need_dx
             and need_dw
+            and dgrad is wgrad is self.backend
             and self.backend.conv_bwd_pointwise_why_not(raw, weight, geometry) is None
         ):
             self.backend.conv_bwd_pointwise(
@@ -158,9 +169,9 @@ class Backward:
             )
         else:
             if need_dx:
-                self.backend.conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev)
+                dgrad.conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev)
             if need_dw:
-                self.backend.conv_wgrad(dw, g, raw, geometry, bn, norm)
+                wgrad.conv_wgrad(dw, g, raw, geometry, bn, norm)
         if dw is not None:
             self.dws[i] = dw.to(self.weights[i].dtype)
         return result

@@ -8,7 +8,7 @@ ladder (see _ladder; its passes are called stem.fprop, stem.dgrad and stem.wgrad
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,15 @@ from torch import Tensor
 from fastres import backends
 from fastres._contract import Gradient, Normalise, NormGradient
 
-from ._ladder import as_normalise, conv_output, kernel_weight, parse, vendor_reason, weight_like
+from ._choice import parse
+from ._ladder import (
+    as_normalise,
+    conv_output,
+    convs_named,
+    kernel_weight,
+    vendor_reason,
+    weight_like,
+)
 from ._units import (
     Norm,
     alloc_stats,
@@ -35,7 +43,12 @@ def own(fusion: str, which: str, x: Tensor, weight: Tensor, geometry: list[int])
     choice = parse(fusion)
     if not choice.rung.conv or f"stem.{which}" in choice.vendor:
         return False
-    return vendor_reason(backends.select(x), x, weight, geometry) is None
+    return vendor_reason(convs(fusion, which, x), x, weight, geometry) is None
+
+
+def convs(fusion: str, which: str, x: Tensor) -> Any:
+    """Whose kernels run a pass: those of x's backend, or the cuda backend's on a tile."""
+    return convs_named(backends.select(x), parse(fusion), f"stem.{which}")
 
 
 def conv_alloc(
@@ -56,7 +69,7 @@ def conv_norm_fwd(
     if not own(fusion, "fprop", x, weight, geometry):
         y = dense(conv_fwd(x, weight, bias, geometry, training), where)
         return y, bn_statistics(y, training, *running, eps)
-    backend = backends.select(x)
+    backend = convs(fusion, "fprop", x)
     y, w = conv_output(x, weight, geometry), kernel_weight(weight, x)
     if bias is None and training:
         stats = alloc_stats(y)
@@ -72,11 +85,12 @@ def conv_norm_fwd(
 
 
 def conv_norm_act(
-    x: Tensor, weight: Tensor, geometry: list[int], norm: Norm, residual: Tensor | None, relu: bool
-) -> Tensor:
+    x: Tensor, weight: Tensor, geometry: list[int], norm: Norm, residual: Tensor | None, relu: bool,
+    fusion: str,
+) -> Tensor:  # fmt: skip
     """act(normalise(conv(x)) + residual) in one kernel: inference on the backend's own conv."""
     z = conv_output(x, weight, geometry)
-    backends.select(x).conv_fprop_act(
+    convs(fusion, "fprop", x).conv_fprop_act(
         z, x, kernel_weight(weight, x), geometry, as_normalise(norm), residual, relu
     )
     return z
@@ -99,13 +113,13 @@ def conv_grads(
         assert bn is None
         asked = need_dx and not our_dx, need_dw and not our_dw
         dx, dw = conv_bwd(g.dz, x, weight, geometry, *asked, training)
-    backend = backends.select(x)
     if need_dx and our_dx:
         dx = torch.empty_like(x)
-        backend.conv_dgrad(dx, None, g, kernel_weight(weight, x), geometry, bn, None, None)
+        w = kernel_weight(weight, x)
+        convs(fusion, "dgrad", x).conv_dgrad(dx, None, g, w, geometry, bn, None, None)
     if need_dw and our_dw:
         dw = weight_like(cast(weight, x))
-        backend.conv_wgrad(dw, g, x, geometry, bn, None)
+        convs(fusion, "wgrad", x).conv_wgrad(dw, g, x, geometry, bn, None)
         dw = dw.to(weight.dtype)
     return ConvGrads(dx, dw)
 

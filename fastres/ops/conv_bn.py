@@ -83,7 +83,7 @@ def _conv_bn_act(
         if residual is not None:
             residual = in_format(residual, True, "conv_bn")
         norm = Norm(stats, vector(gamma, x), vector(beta, x))
-        z = conv_norm_act(x, weight, geometry, norm, residual, relu)
+        z = conv_norm_act(x, weight, geometry, norm, residual, relu, fusion)
         return z, alloc_mask(z, False), z.new_empty(0), stats, stats.new_empty((0, 0))
     y, stats = conv_norm_fwd(
         x, weight, bias, geometry, *running, training, eps, fusion, "conv_bn conv output"

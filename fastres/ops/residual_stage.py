@@ -32,6 +32,7 @@ from ._args import (
     raw_bn,
     raw_conv,
 )
+from ._choice import parse
 from ._fixed import fixed_norm
 from ._ladder import (
     Stage,
@@ -39,7 +40,6 @@ from ._ladder import (
     conv_output,
     forward,
     fuses,
-    parse,
     vendor_output,
     weight_like,
 )
@@ -432,11 +432,11 @@ def residual_stage(x: Tensor, blocks: list[Block], fusion: str | None = None) ->
 
 
 def check_passes(op: str, fusion: str, blocks: list[Block]) -> None:
-    """The convs that a fusion leaves to the vendor exist in some block."""
+    """The convs that a fusion names exist in some block."""
     there = {f"conv{i + 1}" for units, _ in blocks for i in range(len(units))}
     there |= {"shortcut" for _, shortcut in blocks if shortcut is not None}
     there |= {"stem"}  # of the network that the fusion was asked for
-    for name in sorted(parse(fusion).vendor):
+    for name in sorted(parse(fusion).named()):
         if name.partition(".")[0] not in there:
             known = ", ".join(sorted(there - {"stem"}))
             raise ValueError(f"{op}: fusion={fusion!r} names {name}; the convs are {known}")
