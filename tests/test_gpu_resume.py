@@ -45,6 +45,17 @@ def test_a_stage_that_left_something_is_not_done(tmp_path, monkeypatch):
     assert state["stages"]["sanitizer"]["status"] == "partial"
 
 
+def test_a_stage_whose_results_found_no_room_is_not_done(tmp_path, monkeypatch, capsys):
+    def full(file, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(child.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(record, "write_json", full)
+    assert child.run("sanitizer", str(tmp_path), 60.0, True) == child.FAILED
+    said = capsys.readouterr().out
+    assert said.count("checks.json cannot be written: [Errno 28] No space left on device") == 1
+
+
 def test_a_build_is_repeated_in_every_call(tmp_path, monkeypatch, capsys):
     ran = []
 

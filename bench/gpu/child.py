@@ -84,6 +84,8 @@ def run(stage: str, out: str, seconds: float, dry: bool) -> int:
         return FAILED
     record.clocks()
     record.save("partial" if record.partial else "done")
+    if record.unsaved is not None:
+        return FAILED  # to be repeated where there is room: --resume
     return PARTIAL if record.partial else 0
 
 

@@ -3,7 +3,6 @@ that a crash, a time limit or Ctrl-C loses nothing that was measured."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
@@ -113,6 +112,7 @@ class Record:
         self.started = self._saved = time.monotonic()
         self.rows: list[dict[str, Any]] = []
         self.partial = False
+        self.unsaved: str | None = None  # why the file lacks the last rows
         before = read_json(self.file).get("stages", {}).get(stage, {})
         self.found: dict[str, Any] = {
             "status": "running", "dry_run": dry, "command": command, "seconds": 0.0, "notes": [],
@@ -185,5 +185,12 @@ class Record:
         if len(json.dumps(self.found, default=str)) > MAX_BYTES:
             for row in self.rows:
                 row.pop("raw", None)
-        with contextlib.suppress(OSError):  # a full disk must not stop the measurement
+        try:
             write_json(self.file, whole)
+            self.unsaved = None
+        except (
+            OSError
+        ) as error:  # a full disk does not stop the measurement; it may be full no more
+            if self.unsaved is None:
+                print(f"{self.stage}: {self.file} cannot be written: {error}", flush=True)
+            self.unsaved = str(error)
