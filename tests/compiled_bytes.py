@@ -280,9 +280,16 @@ def main() -> int:
         wrong = [w for target in targets for w in write(target)]
         print("\n".join(wrong), file=sys.stderr)
         return bool(wrong)
-    for part, _, rungs in (p.partition(":") for p in options.parts):
-        for rung in rungs.split(","):
-            print(json.dumps(compare(options.target, part, rung)), flush=True)
+    asked = [
+        (p, r)
+        for p, _, rungs in (x.partition(":") for x in options.parts)
+        for r in rungs.split(",")
+    ]
+    known = [(p, r) for p, rungs in PARTS.items() for r in rungs]
+    if not asked or not set(asked) <= set(known):
+        parser.error("name a target and " + ", ".join(f"{p}:{','.join(PARTS[p])}" for p in PARTS))
+    for part, rung in asked:
+        print(json.dumps(compare(options.target, part, rung)), flush=True)
     return 0
 
 
