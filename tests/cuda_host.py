@@ -21,6 +21,16 @@ FOLDER = ROOT / "build" / f"cuda_host-{sys.implementation.cache_tag}"
 SHIM = ROOT / "tests" / "cuda_host"
 VARIABLE = "FASTRES_TEST_CUDA_HOST"
 
+# What selftest's broken kernels must say.
+CAUGHT = {
+    "out of bounds": "AddressSanitizer: heap-buffer-overflow",
+    "missing barrier": "is read before anything was written to it",
+    "missing second barrier": "race: shared cell[255] is written by thread 255 and read with no",
+    "shared bounds": "shared cell[256] is out of bounds",
+    "divergent barrier": "deadlock: thread 32 has ended; thread 0 waits at a barrier",
+    "kernel without barriers": "caught: bn_stats, block 0, thread 0: shared m2_cell[",
+}
+
 WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 COMMON = "-std=c++17 -fPIC -fvisibility=hidden -DFASTRES_CUDA_HOST -DFASTRES_CUDA_CONV"
 # as nvcc's -fmad=false: an fma only where the source says fmaf
@@ -51,11 +61,19 @@ def _runtimes() -> tuple[str, ...]:
     return tuple(found)
 
 
+def _ninja() -> str | None:
+    try:
+        import ninja
+    except ImportError:
+        return shutil.which("ninja")
+    return str(Path(ninja.BIN_DIR) / "ninja")
+
+
 def why_not() -> str | None:
     """None when the kernels can be built for the CPU here, otherwise the reason."""
     if shutil.which(compiler()) is None:
         return f"no C++ compiler ({compiler()})"
-    if importlib.util.find_spec("pybind11") is None or importlib.util.find_spec("ninja") is None:
+    if importlib.util.find_spec("pybind11") is None or _ninja() is None:
         return "pybind11 or ninja is not installed"
     if not _runtimes():
         return f"{compiler()} has no shared AddressSanitizer"
@@ -126,13 +144,35 @@ def build(*targets: str) -> Path:
         text = _ninja_file()
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
-        import ninja
-
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(FOLDER), *targets]
+        command = [str(_ninja()), "-C", str(FOLDER), *targets]
         env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return FOLDER
+
+
+def selftest(case: str) -> tuple[int, str]:
+    """Exit code and errors of the program that runs right and broken kernels on the shim."""
+    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:exitcode=77"}
+    program = [str(FOLDER / "selftest"), case]
+    done = subprocess.run(program, env=env, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def main() -> int:
+    """For ctest: the shim proven by right and broken kernels; no torch is needed. 77: skipped."""
+    reason = why_not()
+    if reason is not None:
+        print(reason)
+        return 77
+    build("selftest")
+    wrong = [] if selftest("right") == (0, "") else ["right"]
+    for case, said in CAUGHT.items():
+        code, errors = selftest(case)
+        if code not in (3, 77) or said not in errors:
+            wrong.append(case)
+    print(f"{1 + len(CAUGHT)} kernels on the host shim; not as they should be: {wrong or 'none'}")
+    return 1 if wrong else 0
 
 
 @functools.cache
@@ -151,3 +191,7 @@ def set_order(seed: int) -> None:
     with contextlib.suppress(AssertionError):
         if wanted():
             module().set_order(seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -311,6 +311,20 @@ def test_module_loads_without_cuda():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_module_computes_without_torch(tmp_path):
+    """What ctest runs: every ISA of this machine."""
+    library = cuda_sass.installed()
+    if library is None:
+        pytest.skip("fastres._C is not built")
+    (tmp_path / library.name).symlink_to(library)
+    right, wrong = ("cpu", "cuda") if BUILD is None else ("cuda", "cpu")
+    program = [sys.executable, "-S", str(ROOT / "csrc" / "test_module.py")]
+    for expected, code in ((right, 0), (wrong, 1)):
+        env = {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run([*program, expected], env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+
+
 # --- builds that go on without it -----------------------------------------------------------------
 
 
@@ -349,6 +363,19 @@ def test_the_build_goes_on_without_the_convolutions(built, case, said, tmp_path)
     info, output = configure(os.environ | variables, tmp_path)
     assert info["cuda"] is not None and info["cuda"]["convolutions"] is None
     assert said in info["not_built"]["CUDA convolutions"] and said in output
+    assert tests_of(tmp_path) == HERE
+
+
+HERE = ["module_loads", "cpu_kernels", "cuda_host_shim", "cuda_kernels_on_the_host"]
+
+
+def tests_of(folder: Path) -> list[str]:
+    """What ctest would run."""
+    import cmake
+
+    command = [str(Path(cmake.CMAKE_BIN_DIR) / "ctest"), "--test-dir", str(folder / "build"), "-N"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return re.findall(r"Test +#\d+: (\w+)", done.stdout)
 
 
 FAKE = "#!/bin/sh\ncase \"$*\" in *--version*) echo 'release {version}, V0';; *) {rest};; esac\n"
@@ -375,3 +402,4 @@ def test_the_build_goes_on_and_names_the_reason(case, tmp_path):
     info, output = configure(env | variables, tmp_path)
     assert info["cuda"] is None and said in info["not_built"]["CUDA kernels"]
     assert said in output
+    assert tests_of(tmp_path) == HERE

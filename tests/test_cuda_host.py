@@ -3,7 +3,6 @@ the backend `cuda`, in processes of their own; and what the host shim must catch
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -21,8 +20,8 @@ FILES = (
     "test_selfcheck.py",
     "test_ops.py",
     "test_cuda_pointwise.py",
-    "test_cuda_tiles.py",
     "test_cuda_ladder.py",
+    "test_cuda_tiles.py",
 )
 
 if cuda_host.wanted():
@@ -56,33 +55,16 @@ def test_kernels_pass_their_tests_under_the_sanitizers(built, file):
     assert passed and int(passed[1]) > 3 and "skipped" not in done.stdout.splitlines()[-1], text
 
 
-def selftest(built, case: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:exitcode=77"}
-    return subprocess.run([str(built / "selftest"), case], env=env, capture_output=True, text=True)
-
-
 def test_the_shim_runs_right_kernels(built):
     """Barriers, shuffles, ballots, shared memory, atomics; every order of the threads."""
-    done = selftest(built, "right")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert cuda_host.selftest("right") == (0, "")
 
 
-CAUGHT = {
-    "out of bounds": "AddressSanitizer: heap-buffer-overflow",
-    "missing barrier": "is read before anything was written to it",
-    "missing second barrier": "race: shared cell[255] is written by thread 255 and read with no",
-    "shared bounds": "shared cell[256] is out of bounds",
-    "divergent barrier": "deadlock: thread 32 has ended; thread 0 waits at a barrier",
-    "kernel without barriers": "caught: bn_stats, block 0, thread 0: shared m2_cell[",
-}
-
-
-@pytest.mark.parametrize("case", CAUGHT)
+@pytest.mark.parametrize("case", cuda_host.CAUGHT)
 def test_the_shim_catches_broken_kernels(built, case):
     """add_relu past the end of its tensors; bn_stats and small kernels without their barriers."""
-    done = selftest(built, case)
-    assert done.returncode in (3, 77)
-    assert CAUGHT[case] in done.stderr
+    code, said = cuda_host.selftest(case)
+    assert code in (3, 77) and cuda_host.CAUGHT[case] in said
 
 
 def test_a_tensor_too_short_is_caught_in_python_too(built):
