@@ -1,8 +1,8 @@
 """`python -m bench.plan_overhead`: host time that the plan adds to a converted network's forward.
 
-The lookups that a forward makes (fastres.nn.choice_of, one a block or stem) are recorded, then made
-again by themselves: with nothing measured, and with a plan that has an entry for each. Microseconds
-a forward, median and quartiles."""
+The lookups that a forward makes (fastres._chosen.choice_of, one a block or stem) are recorded, then
+made again by themselves: with nothing measured, and with a plan that has an entry for each.
+Microseconds a forward, median and quartiles."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from rich.table import Table
 import fastres
 from fastres import nn as fused_nn
 from fastres import plan
+from fastres._chosen import plan_key
 from fastres.bench.models import build_model
 
 from .winograd import save
@@ -56,7 +57,7 @@ def measure(model: torch.nn.Module, batch: int, repeats: int, training: bool) ->
         if state == "all measured":
             entry = plan.Entry("b", {"b": 1.0, "eager": 1.2}, 1.2)
             with torch.set_grad_enabled(training):
-                keys = {fused_nn.plan_key(m, x, training) for m, x in calls}
+                keys = {plan_key(m, x, training) for m, x in calls}
             plan.current(x.device).add(dict.fromkeys(keys, entry))
         times = []
         with torch.set_grad_enabled(training):

@@ -23,8 +23,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fastres
 from fastres import _heuristic
+from fastres._chosen import _unmeasured
 from fastres.memory import keep_buffers
-from fastres.nn import _unmeasured
 
 from .session import DTYPES
 from .timing import in_turns

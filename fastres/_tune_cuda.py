@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastres import _cuda_tiles
-from fastres.nn import conv_calls
+from fastres._chosen import conv_calls
 from fastres.ops._choice import ALL, PASSES, Choice, parse
 from fastres.ops._ladder import cuda_reason
 

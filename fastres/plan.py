@@ -50,7 +50,7 @@ TABLES = Path(__file__).parent / "tables"
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What a choice is made for. block: its layers, see `fastres.nn.signature`."""
+    """What a choice is made for. block: its layers, see `fastres._chosen.signature`."""
 
     block: str
     shape: tuple[int, ...]

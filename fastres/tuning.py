@@ -31,11 +31,12 @@ import torch
 from torch import Tensor, nn
 
 from fastres import _tune_cuda, backends, plan
+from fastres._chosen import autocast_dtype, plan_key
 from fastres.bench.stats import rotation, spread
 from fastres.convert import revert
 from fastres.convert._match import Match, find
 from fastres.convert.verify import check_sample, compare_block
-from fastres.nn import FusedMixin, ResidualBlockMixin, autocast_dtype, plan_key
+from fastres.nn import FusedMixin, ResidualBlockMixin
 from fastres.ops._choice import PASSES, RUNGS, parse, with_pass
 from fastres.plan import EAGER, Entry, Key
 

@@ -128,7 +128,7 @@ def part_of(part: str, rung: str) -> tuple[nn.Module, Tensor]:
 
 def step(part: str, rung: str, counted) -> list[Call]:
     """The backend's calls in a training step of the part in bf16, its blocks one stage."""
-    from fastres.nn import block_of
+    from fastres._chosen import block_of
     from fastres.ops import residual_stage
 
     net, x = part_of(part, rung)

@@ -266,7 +266,7 @@ def test_a_tile_that_the_build_does_not_have_is_left_alone(cache, native, monkey
     assert found.lookup(here.key) is None
     assert f"no tile '{TALL}' of conv_fprop; it has {PAIR}; ignored" in caplog.text
     model, x = blocks()
-    assert fastres.nn.choice_of(model[0], x)[0] == "b"
+    assert fastres._chosen.choice_of(model[0], x)[0] == "b"
     assert gone in plan.cache_file(found.who).read_text()  # for the build that has it
     monkeypatch.setattr(_cuda, "_host", None)
     monkeypatch.setattr(_cuda, "built", lambda: "fastres._C was built without them: no nvcc")

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastres
 from fastres import _heuristic, plan
-from fastres.nn import choice_of
+from fastres._chosen import choice_of
 
 torchvision = pytest.importorskip("torchvision")
 BasicBlock, Bottleneck = torchvision.models.resnet.BasicBlock, torchvision.models.resnet.Bottleneck
@@ -96,7 +96,7 @@ def test_inference_an_explicit_rung_and_a_measurement_are_not_touched(tmp_path, 
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
     plan.forget()
     try:
-        here = fastres.nn.plan_key(model[0], x, True)
+        here = fastres._chosen.plan_key(model[0], x, True)
         plan.current(x.device).add({here: plan.Entry("b", {"b": 1.0}, 1.5)})
         assert choice_of(model[0], x)[1].startswith("cache")
     finally:

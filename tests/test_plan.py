@@ -17,7 +17,7 @@ from torch import nn
 
 import fastres
 from fastres import backends, plan, tuning
-from fastres.nn import choice_of
+from fastres._chosen import choice_of
 from fastres.plan import EAGER, Entry, Key
 
 torchvision = pytest.importorskip("torchvision")
@@ -205,7 +205,7 @@ def test_explicit_then_table_then_cache_then_heuristic(cache, tmp_path_factory, 
     assert choice_of(block, x) == plan.HEURISTIC
 
     who = plan.identity("cpu")
-    here = fastres.nn.plan_key(block, x, True)
+    here = fastres._chosen.plan_key(block, x, True)
     plan.merge(plan.cache_file(who), who, {here: entry(EAGER, 1.0)})
     plan.forget()
     choice, why = choice_of(block, x)
@@ -231,20 +231,20 @@ def test_the_key_tells_calls_apart():
     x = torch.randn(2, 64, 9, 9)
     nhwc = x.contiguous(memory_format=torch.channels_last)
     keys = {
-        fastres.nn.plan_key(block, x, True),
-        fastres.nn.plan_key(block, nhwc, True),
-        fastres.nn.plan_key(block, nhwc, False),
-        fastres.nn.plan_key(other, nhwc, True),
-        fastres.nn.plan_key(block, nhwc[:1], True),
-        fastres.nn.plan_key(block.eval(), nhwc, True),
+        fastres._chosen.plan_key(block, x, True),
+        fastres._chosen.plan_key(block, nhwc, True),
+        fastres._chosen.plan_key(block, nhwc, False),
+        fastres._chosen.plan_key(other, nhwc, True),
+        fastres._chosen.plan_key(block, nhwc[:1], True),
+        fastres._chosen.plan_key(block.eval(), nhwc, True),
     }
     with torch.autocast("cpu", torch.bfloat16):
-        keys.add(fastres.nn.plan_key(block, nhwc, False))
+        keys.add(fastres._chosen.plan_key(block, nhwc, False))
     assert len(keys) == 7
-    assert fastres.nn.plan_key(block, x, True) == fastres.nn.plan_key(
+    assert fastres._chosen.plan_key(block, x, True) == fastres._chosen.plan_key(
         model.layer1[1].eval(), x, True
     )
-    assert fastres.nn.signature(other, other._fastres.spec) == (
+    assert fastres._chosen.signature(other, other._fastres.spec) == (
         "3x3 64>128 s2 b, 3x3 128>128 b + 1x1 64>128 s2 b"
     )
 
@@ -606,7 +606,7 @@ def _rank(rank: int, store: str, folder: str, queue) -> None:
     x = torch.randn(2, 64, 9, 9).contiguous(memory_format=torch.channels_last)
     model = network().train()
     who = plan.identity("cpu")
-    here = fastres.nn.plan_key(model.layer1[0], x, True)
+    here = fastres._chosen.plan_key(model.layer1[0], x, True)
     plan.merge(plan.cache_file(who), who, {here: entry([EAGER, "b"][rank])})
     plan.forget()
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)

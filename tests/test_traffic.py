@@ -279,7 +279,7 @@ def network(kind: str) -> nn.Module:
 
 def step(net: nn.Module, x: Tensor, rung: str) -> list:
     """The calls of a training step of the layer, as one stage."""
-    from fastres.nn import block_of
+    from fastres._chosen import block_of
 
     fused = fastres.convert(net, fusion="b")
     x = x.clone().requires_grad_()
