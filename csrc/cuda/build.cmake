@@ -5,12 +5,14 @@
 # this machine, otherwise 80, 90a and 100a); CUDACXX, CUDA_HOME or CUDA_PATH (default: nvcc on PATH);
 # FASTRES_CUTLASS_DIR (default: the nvidia-cutlass package of the Python that builds).
 # Out: FASTRES_CUDA_OBJECTS, FASTRES_CUDA_RUNTIME (the static library), FASTRES_CUDA_INFO (JSON),
-# and FASTRES_CUDA_WHY, empty when all is well; FASTRES_CONV_WHY the same of the convolutions, which
-# need sm_90a and CUTLASS: conv.cu, and *_sm90.cu, compiled for sm_90a alone.
+# FASTRES_TMA_MAPS (a test's program), and FASTRES_CUDA_WHY, empty when all is well;
+# FASTRES_CONV_WHY the same of the convolutions, which need sm_90a and CUTLASS: conv.cu, and
+# *_sm90.cu, compiled for sm_90a alone.
 
 set(FASTRES_CUDA_OBJECTS "")
 set(FASTRES_CUDA_RUNTIME "")
 set(FASTRES_CUDA_INFO "null")
+set(FASTRES_TMA_MAPS "")
 set(FASTRES_CUDA_WHY "")
 set(FASTRES_CONV_WHY "")
 set(FASTRES_CUDA_OLDEST 12.0)  # sm_90a
@@ -204,6 +206,25 @@ function(fastres_find_cuda)
       VERBATIM)
     list(APPEND objects ${object})
   endforeach()
+  # 8. a test's program: the convolutions' copies on the host, on the launchers' own objects
+  if(NOT conv_why)
+    set(tma_maps ${CMAKE_BINARY_DIR}/cuda/tma_maps)
+    set(others ${objects})
+    list(FILTER others EXCLUDE REGEX "/conv(_plan|_driver_sm90)?\\.o$")
+    list(TRANSFORM conv_flags REPLACE "^-O3$" "-O1" OUTPUT_VARIABLE quick)
+    add_custom_command(
+      OUTPUT ${tma_maps}
+      COMMAND ${nvcc} ${quick} -isystem ${cutlass}/include -isystem ${cutlass}/tools/util/include
+              -I${CMAKE_SOURCE_DIR}/csrc/cuda "-DFASTRES_CUDA_ARCHS=\"${code}\"" -MD -MT ${tma_maps}
+              -MF ${tma_maps}.d -c ${CMAKE_SOURCE_DIR}/tests/cuda_host/tma_maps.cu -o ${tma_maps}.o
+      COMMAND ${nvcc} ${tma_maps}.o ${others} -o ${tma_maps}
+      DEPENDS ${CMAKE_SOURCE_DIR}/tests/cuda_host/tma_maps.cu ${others}
+      DEPFILE ${tma_maps}.d
+      COMMENT "nvcc tma_maps.cu"
+      VERBATIM)
+    add_custom_target(tma_maps DEPENDS ${tma_maps})
+    set(FASTRES_TMA_MAPS ${tma_maps} PARENT_SCOPE)
+  endif()
   set(FASTRES_CUDA_OBJECTS ${objects} PARENT_SCOPE)
   set(FASTRES_CUDA_RUNTIME ${runtime} PARENT_SCOPE)
   set(convolutions "null")
