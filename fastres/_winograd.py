@@ -64,9 +64,9 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
         return "too few pixels for the transform of the weights"
     # 3. bf16: oneDNN multiplies twice as fast as in fp32, these kernels do not. What is left is a
     #    gain where the transformed weights, or sums of wgrad, are few and used on many tiles
-    few = 256 if what == "inference" else 128
+    few, many = (256, 96) if what == "inference" else (128, 192)
     if dtype == torch.bfloat16 and (
-        max(c, k) > few or tiles < (32 if c * k <= 64 * 64 else 192) or matrix_unit()
+        max(c, k) > few or tiles < (32 if c * k <= 64 * 64 else many) or matrix_unit()
     ):
         return "bf16 multiplies faster directly"
     return switched_off() or _native.why_missing()

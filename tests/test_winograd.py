@@ -177,6 +177,7 @@ GEOMETRY = [1, 1, 1, 1, 1, 1, 1]
         ("inference", {"shape": (1, 512, 7, 7), "k": 512}, None),
         ("fprop", {"shape": (8, 256, 14, 14), "k": 256, "dtype": torch.bfloat16}, "bf16"),
         ("wgrad", {"shape": (8, 256, 14, 14), "k": 256, "dtype": torch.bfloat16}, "bf16"),
+        ("inference", {"shape": (8, 256, 14, 14), "k": 256, "dtype": torch.bfloat16}, None),
         ("wgrad", {"dtype": torch.bfloat16}, None),
     ],
 )
