@@ -63,10 +63,10 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
     if what != "inference" and tiles < 16:
         return "too few pixels for the transform of the weights"
     # 3. bf16: oneDNN multiplies twice as fast as in fp32, these kernels do not. What is left is a
-    #    gain where the transformed weights, or sums of wgrad, are few and used on many tiles
+    #    gain where the transformed weights, or sums of wgrad, are few or used on many tiles
     few, many = (256, 96) if what == "inference" else (128, 192)
     if dtype == torch.bfloat16 and (
-        max(c, k) > few or tiles < (32 if c * k <= 64 * 64 else many) or matrix_unit()
+        max(c, k) > few or (c * k > 64 * 64 and tiles < many) or matrix_unit()
     ):
         return "bf16 multiplies faster directly"
     return switched_off() or _native.why_missing()

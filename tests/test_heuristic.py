@@ -57,12 +57,12 @@ def test_the_choice(channels, out, x, expected):
 
 
 def test_autocast_and_winograd_off_are_seen(monkeypatch):
-    model, x = fused(64), batch(1, 64, 16)
+    model, x = fused(72), batch(1, 72, 16)
     assert choice_of(model[0], x)[0] == "b"
     with torch.autocast("cpu", torch.bfloat16):  # too few tiles for Winograd's algorithm in bf16
         assert choice_of(model[0], x.bfloat16())[0] == plan.EAGER
     monkeypatch.setenv("FASTRES_WINOGRAD", "0")
-    model = fused(64)
+    model = fused(72)
     assert choice_of(model[0], x)[0] == plan.EAGER
 
 

@@ -178,6 +178,8 @@ GEOMETRY = [1, 1, 1, 1, 1, 1, 1]
         ("fprop", {"shape": (8, 256, 14, 14), "k": 256, "dtype": torch.bfloat16}, "bf16"),
         ("wgrad", {"shape": (8, 256, 14, 14), "k": 256, "dtype": torch.bfloat16}, "bf16"),
         ("inference", {"shape": (8, 256, 14, 14), "k": 256, "dtype": torch.bfloat16}, None),
+        ("fprop", {"shape": (1, 72, 16, 16), "k": 72, "dtype": torch.bfloat16}, "bf16"),
+        ("fprop", {"shape": (1, 64, 16, 16), "dtype": torch.bfloat16}, None),
         ("wgrad", {"dtype": torch.bfloat16}, None),
     ],
 )
