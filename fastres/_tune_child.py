@@ -47,8 +47,10 @@ def check_all(folder: Path, names: list[str], answer: Callable[[str, str | None]
                 if kind == "cuda":
                     torch.cuda.synchronize()
                     torch.cuda.empty_cache()
-            except RuntimeError:
-                return  # the device is lost to this process; the rest is for the next one
+            except RuntimeError as e:
+                # an illegal access, say: whatever the check said, this candidate is why, and the
+                # rest is for another process
+                return answer(name, f"{tuning.LOST}: {tuning.explain(e)}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ MAX_ROUNDS = 100
 MIN_SECONDS = 2e-3  # of one timed batch of calls: well above the clock's and a launch's noise
 CHILD_SECONDS = 300.0  # for the check of one candidate in a process of its own
 CHILD = ("-m", "fastres._tune_child")
+LOST = "lost the device"  # how the answer of a candidate begins after which nothing runs there
 NOT_LOADED = ""  # in the place of a candidate: the block cannot be sent there
 
 log = logging.getLogger("fastres")
@@ -351,10 +352,15 @@ def _isolated(
             batch, limit = _tune_cuda.batch(left, seconds)
             answers, ending = run_child(folder, batch, limit, deadline)
             found |= answers
-            if ending is not None or not answers:
+            gone = [n for n in batch if (found.get(n) or "").startswith(LOST)]
+            if gone:
+                first = gone[-1]
+            elif ending is not None or not answers:
                 first = next((n for n in batch if n not in found), batch[-1])
-                found.setdefault(first, ending or "no answer")
-                found |= _tune_cuda.give_up(first, found[first], left)
+            else:
+                continue
+            reason = found.setdefault(first, ending or "no answer") or ending or "no answer"
+            found |= _tune_cuda.give_up(first, reason, [n for n in left if n not in found])
     if NOT_LOADED in found:
         log.warning(
             "fastres.tune: %s is checked in this process, not in one of its own: %s",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import test_conv as conv
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 import fastres
-from fastres import _cuda, _cuda_tiles, backends, counters, plan, tuning
+from fastres import _cuda, _cuda_tiles, _tune_child, backends, counters, plan, tuning
 from fastres.ops import _choice
 from fastres.plan import EAGER, Entry
 
@@ -303,3 +304,40 @@ def test_a_tile_that_hangs_is_the_last_that_is_tried(cache, native, monkeypatch)
     left = tuning._tune_cuda.give_up("c2 cuda conv1.fprop", "a crash", ["c2", "c2 cuda all"])
     assert left == {"c2 cuda all": "not tried: c2 cuda conv1.fprop: a crash"}
     assert tuning._tune_cuda.give_up("c2", "a crash", ["c2 cuda all"]) == {}
+
+
+def test_a_candidate_that_loses_the_device_is_blamed_alone(native, monkeypatch):
+    whole, one, two = "c2 cuda all", "c2 cuda conv1.fprop", "c2 cuda conv2.fprop"
+    asked = []
+
+    def run_child(folder, names, seconds, deadline):
+        asked.append(names)
+        return {whole: None, one: f"{tuning.LOST}: illegal address"}, None
+
+    monkeypatch.setattr(tuning, "run_child", run_child)
+    monkeypatch.setattr(tuning._tune_cuda, "lost", None)
+    found = tuning._isolated(target(True), [whole, one, two], float("inf"), 300.0)
+    assert found[whole] is None and found[one].endswith("illegal address")
+    assert found[two] == f"not tried: {one}: {tuning.LOST}: illegal address"
+    assert asked == [[whole, one, two]] and tuning._tune_cuda.lost == one
+
+
+def test_the_child_says_which_candidate_lost_the_device(monkeypatch, tmp_path):
+    """The fault of a kernel is reported by the synchronisation after its check."""
+    here = SimpleNamespace(x=SimpleNamespace(device=torch.device("cuda")), dtype=None)
+    monkeypatch.setattr(torch, "load", lambda *a, **k: {"target": here, "backend": None})
+    monkeypatch.setattr(tuning, "attempt", lambda t, n: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    calls = []
+
+    def synchronize():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    answers = []
+    _tune_child.check_all(tmp_path, ["b", "c1", "c2"], lambda *a: answers.append(a))
+    assert answers[:2] == [("b", None), ("c1", None)] and len(answers) == 3
+    name, reason = answers[2]
+    assert name == "c1" and reason.startswith(tuning.LOST) and "illegal memory access" in reason
