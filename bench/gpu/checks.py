@@ -102,7 +102,14 @@ def build(device: Device, record: Record) -> None:
     if not installed and before.get("sources") == sources and (names := carried(folder, before)):
         for name, target in names.items():
             shutil.copy2(folder / name, target)
-        record.set(installed=True, ran=None, module=before)
+        link = ROOT / "fastres/kernels"  # what an installation maps, for processes that tune starts
+        if not link.exists():
+            link.symlink_to("../kernels")
+        after = subprocess.run(probe, cwd=ROOT, capture_output=True, text=True)
+        record.set(installed=after.returncode == 0, ran=None, module=before)
+        if after.returncode != 0:
+            reason = (after.stderr.strip().splitlines() or ["unknown"])[-1]
+            raise RuntimeError(f"the module in {folder} does not load here: {reason}")
         table("build", ("what", "state"), [("fastres", f"taken from {folder}")])
         return
     argv = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps",

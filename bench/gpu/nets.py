@@ -302,8 +302,14 @@ def autotune(device: Device, record: Record) -> None:
 
 def _stage(device: Device, record: Record, configs: tuple[Config, ...]) -> None:
     configs = DRY[record.stage] if device.dry else configs
-    late = {tuple(r[k] for k in CONFIG) for r in record.before.get("rows", []) if _late(r)}
-    kept = record.keep(lambda row: tuple(row[k] for k in CONFIG) not in late)
+    # rows of variants that failed are there before the others are timed: a config is kept whole
+    whole = set()
+    for config in configs:
+        rows = [r for r in record.before.get("rows", []) if config.has(r)]
+        missing = {v.name for v in config.variants} - {r["variant"] for r in rows}
+        if rows and not missing and not any(map(_late, rows)):
+            whole.add(tuple(rows[0][k] for k in CONFIG))
+    kept = record.keep(lambda row: tuple(row[k] for k in CONFIG) in whole)
     todo = tuple(c for c in configs if not any(c.has(row) for row in kept))
     found = machine(device)
     record.set(machine=found)
@@ -378,10 +384,9 @@ def measure(
         }  # fmt: skip
         if plain:
             best = min(plain, key=lambda n: medians[n])
-            row["against"] = {
-                "eager bf16": ratio(values, times["eager bf16"]),
-                "best baseline": {"name": best, **ratio(values, times[best])},
-            }
+            row["against"] = {"best baseline": {"name": best, **ratio(values, times[best])}}
+            if "eager bf16" in times:
+                row["against"]["eager bf16"] = ratio(values, times["eager bf16"])
             best = min(graphs, key=lambda n: medians[n])
             row["against"]["best baseline or graph"] = {
                 "name": best, **ratio(values, times[best])
