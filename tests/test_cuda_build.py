@@ -366,6 +366,23 @@ def test_the_build_goes_on_without_the_convolutions(built, case, said, tmp_path)
     assert tests_of(tmp_path) == HERE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("here", ["7.5", "7.5\n9.0"], ids=["alone", "beside a newer one"])
+def test_a_gpu_older_than_the_kernels_is_named_or_left_out(built, here, tmp_path):
+    """And everything else is built."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<E\n{here}\nE\n")
+    smi.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FASTRES_CUTLASS_DIR": "/nowhere"}
+    env = {k: v for k, v in os.environ.items() if k != "FASTRES_CUDA_ARCHS"}
+    info, output = configure(env | variables, tmp_path)
+    if here == "7.5":
+        said = "no kernels for sm_75: they need sm_80 or newer"
+        assert info["cuda"] is None and said in info["not_built"]["CUDA kernels"] and said in output
+    else:
+        assert info["cuda"]["code"] == "90a ptx80"
+
+
 HERE = ["module_loads", "cpu_kernels", "cuda_host_shim", "cuda_kernels_on_the_host"]
 
 

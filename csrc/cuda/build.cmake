@@ -17,6 +17,7 @@ set(FASTRES_CUDA_WHY "")
 set(FASTRES_CONV_WHY "")
 set(FASTRES_CUDA_OLDEST 12.0)  # sm_90a
 set(FASTRES_CUDA_100A 12.8)
+set(FASTRES_CUDA_LEAST 80)  # bf16 conversions in hardware
 set(FASTRES_CUTLASS_OLDEST 4.2)
 
 function(fastres_cuda_archs version result)
@@ -34,6 +35,13 @@ function(fastres_cuda_archs version result)
         list(APPEND asked ${arch})
       endforeach()
       list(REMOVE_DUPLICATES asked)
+      set(old ${asked})
+      list(FILTER old INCLUDE REGEX "^[1-7][0-9]$")
+      list(LENGTH old count)
+      list(LENGTH asked all)
+      if(count LESS all)  # beside a newer one, a GPU that is too old goes without
+        list(FILTER asked EXCLUDE REGEX "^[1-7][0-9]$")
+      endif()
     endif()
   endif()
   if(asked STREQUAL "")
@@ -138,6 +146,15 @@ function(fastres_find_cuda)
   endif()
   # 4. code for which GPUs: PTX of the oldest for all later ones
   fastres_cuda_archs(${version} archs)
+  foreach(arch ${archs})
+    string(REGEX MATCH "^[0-9]+" number "${arch}")
+    if(NOT number GREATER_EQUAL FASTRES_CUDA_LEAST)
+      set(FASTRES_CUDA_WHY
+          "no kernels for sm_${arch}: they need sm_${FASTRES_CUDA_LEAST} or newer (FASTRES_CUDA_ARCHS chooses)"
+          PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
   set(gencode "")
   foreach(arch ${archs})
     list(APPEND gencode -gencode arch=compute_${arch},code=sm_${arch})
