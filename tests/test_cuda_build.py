@@ -363,7 +363,7 @@ def test_the_build_goes_on_without_the_convolutions(built, case, said, tmp_path)
     info, output = configure(os.environ | variables, tmp_path)
     assert info["cuda"] is not None and info["cuda"]["convolutions"] is None
     assert said in info["not_built"]["CUDA convolutions"] and said in output
-    assert tests_of(tmp_path) == HERE
+    assert ctest_names(tmp_path) == HERE
 
 
 @pytest.mark.slow
@@ -386,7 +386,7 @@ def test_a_gpu_older_than_the_kernels_is_named_or_left_out(built, here, tmp_path
 HERE = ["module_loads", "cpu_kernels", "cuda_host_shim", "cuda_kernels_on_the_host"]
 
 
-def tests_of(folder: Path) -> list[str]:
+def ctest_names(folder: Path) -> list[str]:
     """What ctest would run."""
     import cmake
 
@@ -419,4 +419,4 @@ def test_the_build_goes_on_and_names_the_reason(case, tmp_path):
     info, output = configure(env | variables, tmp_path)
     assert info["cuda"] is None and said in info["not_built"]["CUDA kernels"]
     assert said in output
-    assert tests_of(tmp_path) == HERE
+    assert ctest_names(tmp_path) == HERE
