@@ -115,6 +115,16 @@ FASTRES_INLINE void both_ways(const VF (&in)[R][R], VF (&out)[S][S], const F& tr
   for (int i = 0; i < S; ++i) transform(half[i], out[i]);
 }
 
+// The values of a transformed tile, one vector each, `plane` floats apart.
+FASTRES_INLINE void store_points(float* to, int64_t plane, const VF (&v)[kHalo][kHalo]) {
+#pragma GCC unroll 36
+  for (int i = 0; i < kPoints; ++i) store(to + i * plane, v[i / kHalo][i % kHalo], Full{});
+}
+FASTRES_INLINE void load_points(VF (&v)[kHalo][kHalo], const float* from, int64_t plane) {
+#pragma GCC unroll 36
+  for (int i = 0; i < kPoints; ++i) v[i / kHalo][i % kHalo] = load(from + i * plane, Full{});
+}
+
 // c (MR, VECS * kW) (+)= sum over k < depth of a[row, k] * b[k, VECS * kW]; rows of c are c_row
 // apart. Summed kSlice at a time: a long sum in one accumulator would lose digits that a direct
 // convolution keeps.

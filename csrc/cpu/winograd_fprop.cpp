@@ -58,10 +58,7 @@ void transform_weights(float* u, const WinogradWeights& p, int64_t panel, int64_
         w[tap / 3][tap % 3] = p.dtype == kBF16 ? round_to<BF16>(v) : v;
       }
       both_ways(w, made, WeightTransform{});
-#pragma GCC unroll 36
-      for (int i = 0; i < kPoints; ++i) {
-        store(u + (i * p.c + c) * kCols + j, made[i / kHalo][i % kHalo], Full{});
-      }
+      store_points(u + c * kCols + j, p.c * kCols, made);
     }
   }
 }
@@ -87,13 +84,9 @@ void transform_inputs(float* v, const Inputs& in, const WinogradFprop& p, const 
   for (int64_t t = begin; t < end; ++t) {
     const Window win(g, first + t, p.padding, kHalo, p.h, p.w);
     float* to = v + t * in.row;
-    transform_tile<kHalo>(static_cast<const T*>(p.x), p.h, p.w, p.c, p.c, win, InputTransform{},
-                          [&](int64_t c, const VF(&made)[kHalo][kHalo]) {
-#pragma GCC unroll 36
-                            for (int i = 0; i < kPoints; ++i) {
-                              store(to + i * in.plane + c, made[i / kHalo][i % kHalo], Full{});
-                            }
-                          });
+    transform_tile<kHalo>(
+        static_cast<const T*>(p.x), p.h, p.w, p.c, p.c, win, InputTransform{},
+        [&](int64_t c, const VF(&made)[kHalo][kHalo]) { store_points(to + c, in.plane, made); });
   }
 }
 
@@ -103,7 +96,7 @@ constexpr int kFew = 16;
 template <int MR>
 FASTRES_INLINE void multiply_few(float* c, const VF (&u)[kFew], const float* a, int64_t a_row) {
   VF acc[MR];
-#pragma GCC unroll 12
+#pragma GCC unroll 12  // kRowGroup
   for (int r = 0; r < MR; ++r) acc[r] = mul(splat(a[r * a_row]), u[0]);
 #pragma GCC unroll 16
   for (int k = 1; k < kFew; ++k) {
@@ -123,7 +116,9 @@ void multiply_few_all(float* m, const Products& out, const float* v, const Input
 #pragma GCC unroll 16
     for (int k = 0; k < kFew; ++k) b[k] = load(u + (point * kFew + k) * kCols, Full{});
     int64_t t = 0;
-    for (; t + 12 <= out.tiles; t += 12) multiply_few<12>(to + t * kW, b, a + t * in.row, in.row);
+    for (; t + kRowGroup <= out.tiles; t += kRowGroup) {
+      multiply_few<kRowGroup>(to + t * kW, b, a + t * in.row, in.row);
+    }
     for (; t < out.tiles; ++t) multiply_few<1>(to + t * kW, b, a + t * in.row, in.row);
   }
 }
@@ -149,7 +144,7 @@ void multiply_panels(float* m, const Products& out, const float* v, const Inputs
         }
       };
       rows(std::integral_constant<int, kRows>{});
-      if (kRows > 12) rows(std::integral_constant<int, 12>{});
+      if (kRows > kRowGroup) rows(std::integral_constant<int, kRowGroup>{});
       if (kRows > 8) rows(std::integral_constant<int, 8>{});
       if (kRows > 4) rows(std::integral_constant<int, 4>{});
       rows(std::integral_constant<int, 1>{});
@@ -178,11 +173,7 @@ void transform_outputs(const WinogradFprop& p, const TileGrid& g, int64_t first,
     const int64_t origin = ((win.image * p.oh + win.h) * p.ow + win.w) * p.k + k;
     const auto at = [&](int64_t j, auto lanes) {
       VF products[kHalo][kHalo], y[kTile][kTile];
-      const float* from = m + t * in.cols + j;
-#pragma GCC unroll 36
-      for (int i = 0; i < kPoints; ++i) {
-        products[i / kHalo][i % kHalo] = load(from + i * in.plane, Full{});
-      }
+      load_points(products, m + t * in.cols + j, in.plane);
       both_ways(products, y, OutputTransform{});
       const VF bias = p.bias != nullptr ? load(p.bias + k + j, lanes) : zero();
       for (int h = 0; h < win.h1; ++h) {

@@ -53,14 +53,7 @@ void transform_chunk(float* v, const T* x, int64_t h, int64_t w, int64_t c, int6
   for (int64_t t = begin; t < end; ++t) {
     const Window win(g, chunk.first + t, padding, R, h, w);
     transform_tile<R>(x, h, w, c, c, win, transform, [&](int64_t i, const VF(&made)[kHalo][kHalo]) {
-      float* to = v + chunk.at(i, t);
-#pragma GCC unroll 6
-      for (int a = 0; a < kHalo; ++a) {
-#pragma GCC unroll 6
-        for (int b = 0; b < kHalo; ++b) {
-          store(to + (a * kHalo + b) * chunk.plane, made[a][b], Full{});
-        }
-      }
+      store_points(v + chunk.at(i, t), chunk.plane, made);
     });
   }
 }
@@ -73,10 +66,7 @@ void finish(const WinogradWgrad& p, const float* m, int64_t c, int64_t k, bool a
   for (int64_t r = 0; r < rows; ++r) {
     for (int j = 0; j < width; j += kW) {
       VF in[kHalo][kHalo], dw[3][3];
-#pragma GCC unroll 36
-      for (int i = 0; i < kPoints; ++i) {
-        in[i / kHalo][i % kHalo] = load(m + (i * kGroup + r) * kCols + j, Full{});
-      }
+      load_points(in, m + r * kCols + j, kGroup * kCols);
       both_ways(in, dw, WeightGradientTransform{});
 #pragma GCC unroll 9
       for (int i = 0; i < 9; ++i) store(&taps[i][r][j], dw[i / 3][i % 3], Full{});
@@ -100,6 +90,15 @@ constexpr int64_t kBlockTiles = 16;      // tiles, for the sums are read and wri
 constexpr int64_t kWorkspace = 4 << 20;  // bytes: the sums of all parts
 constexpr int64_t kProducts = kPoints * kGroup * kCols;
 
+// A block of transformed tiles: (36, tile, channels).
+struct Block {
+  float* data;
+  int64_t row, plane;  // floats
+  Block(float* data, int64_t tiles, int64_t channels)
+      : data(data), row(channels), plane(tiles * channels + 16) {}
+  int64_t floats() const { return kPoints * plane; }
+};
+
 // m (kGroup, kCols), rows of kCols, (+)= sum over tiles of v (tile, kGroup) d (tile, VECS * kW)
 template <int VECS>
 void multiply_block(float* m, const float* v, int64_t v_row, const float* d, int64_t d_row,
@@ -107,6 +106,38 @@ void multiply_block(float* m, const float* v, int64_t v_row, const float* d, int
   constexpr int kR = (kW >= 16 ? 16 : 8) / VECS;
   for (int r = 0; r < kGroup; r += kR) {
     multiply<kR, VECS>(m + r * kCols, kCols, v + r, 1, v_row, d, d_row, kW, tiles, add_to);
+  }
+}
+
+// m (group, 36, kGroup, kCols) (+)= the products of `tiles` tiles from `first` on, for the output
+// channels from k on; v and d are room for them
+template <class T>
+void add_block(float* m, const WinogradWgrad& p, const TileGrid& g, const Block& v, const Block& d,
+               int64_t first, int64_t tiles, int64_t k, bool add_to) {
+  const int64_t width = min64(kCols, p.k - k);
+  for (int64_t t = 0; t < tiles; ++t) {
+    transform_tile<kHalo>(static_cast<const T*>(p.x), p.h, p.w, p.c, p.c,
+                          Window(g, first + t, p.padding, kHalo, p.h, p.w), InputTransform{},
+                          [&](int64_t c, const VF(&made)[kHalo][kHalo]) {
+                            store_points(v.data + t * v.row + c, v.plane, made);
+                          });
+    transform_tile<kTile>(static_cast<const T*>(p.dy) + k, p.oh, p.ow, p.k, width,
+                          Window(g, first + t, 0, kTile, p.oh, p.ow), GradientTransform{},
+                          [&](int64_t c, const VF(&made)[kHalo][kHalo]) {
+                            store_points(d.data + t * d.row + c, d.plane, made);
+                          });
+  }
+  for (int point = 0; point < kPoints; ++point) {
+    for (int64_t c = 0; c < v.row; c += kGroup) {
+      float* to = m + (c * kPoints + point * kGroup) * kCols;
+      const float* a = v.data + point * v.plane + c;
+      const float* b = d.data + point * d.plane;
+      if (d.row <= kCols / 2) {
+        multiply_block<kVecs / 2>(to, a, v.row, b, d.row, tiles, add_to);
+      } else {
+        multiply_block<kVecs>(to, a, v.row, b, d.row, tiles, add_to);
+      }
+    }
   }
 }
 
@@ -121,47 +152,18 @@ void accumulate_few(const WinogradWgrad& p) {
   const int64_t rows = groups * kGroup;
   const int64_t fit = kBlock / (kPoints * 4 * (rows + min64(kCols, p.k)));
   const int64_t block = min64(size, max64(kBlockTiles, fit));
-  const int64_t v_plane = block * rows + 16, d_plane = block * kCols + 16;
   float* all = floats(0, parts * sums);  // (part, panel, group, 36, kGroup, kCols)
   parallel(parts * panels, 1, [&](int64_t begin, int64_t end) {
-    float* v = floats(1, kPoints * (v_plane + d_plane));
-    float* d = v + kPoints * v_plane;
+    Block v(nullptr, block, rows);
+    const int64_t room = v.floats() + Block(nullptr, block, kCols).floats();
+    v.data = floats(1, room);
     for (int64_t job = begin; job < end; ++job) {
       const int64_t part = job / panels, k = job % panels * kCols;
-      const int64_t width = min64(kCols, p.k - k), cols = ceil_div(width, kW) * kW;
-      float* m = all + job * groups * kProducts;
-      const int64_t stop = min64(g.count, (part + 1) * size);
-      for (int64_t first = part * size; first < stop; first += block) {
-        const int64_t tiles = min64(block, stop - first);
-        const auto keep = [&](float* to, int64_t plane) {
-          return [=](int64_t c, const VF(&made)[kHalo][kHalo]) {
-#pragma GCC unroll 36
-            for (int i = 0; i < kPoints; ++i) {
-              store(to + i * plane + c, made[i / kHalo][i % kHalo], Full{});
-            }
-          };
-        };
-        for (int64_t t = 0; t < tiles; ++t) {
-          transform_tile<kHalo>(static_cast<const T*>(p.x), p.h, p.w, p.c, p.c,
-                                Window(g, first + t, p.padding, kHalo, p.h, p.w), InputTransform{},
-                                keep(v + t * rows, v_plane));
-          transform_tile<kTile>(static_cast<const T*>(p.dy) + k, p.oh, p.ow, p.k, width,
-                                Window(g, first + t, 0, kTile, p.oh, p.ow), GradientTransform{},
-                                keep(d + t * cols, d_plane));
-        }
-        for (int point = 0; point < kPoints; ++point) {
-          for (int64_t i = 0; i < groups; ++i) {
-            float* to = m + i * kProducts + point * kGroup * kCols;
-            const float* a = v + point * v_plane + i * kGroup;
-            const float* b = d + point * d_plane;
-            const bool add_to = first > part * size;
-            if (cols <= kCols / 2) {
-              multiply_block<kVecs / 2>(to, a, rows, b, cols, tiles, add_to);
-            } else {
-              multiply_block<kVecs>(to, a, rows, b, cols, tiles, add_to);
-            }
-          }
-        }
+      const Block d(v.data + v.floats(), block, ceil_div(min64(kCols, p.k - k), kW) * kW);
+      const int64_t start = part * size, stop = min64(g.count, start + size);
+      for (int64_t first = start; first < stop; first += block) {
+        add_block<T>(all + job * groups * kProducts, p, g, v, d, first, min64(block, stop - first),
+                     k, first > start);
       }
     }
   });
