@@ -144,10 +144,12 @@ def fuses(backend: Any, stage: Stage, x: Tensor, weight: Tensor, i: int, which: 
     choice = parse(stage.fusion)
     if not choice.rung.conv:
         return False
-    if choice.vendor and f"{stage.names()[i]}.{which}" in choice.vendor:
-        return False
-    convs = convs_of(backend, stage, i, which)
-    return vendor_reason(convs, x, weight, stage.of_unit(i)) is None
+    if choice.vendor or choice.cuda:
+        name = f"{stage.names()[i]}.{which}"
+        if name in choice.vendor:
+            return False
+        backend = convs_named(backend, choice, name)
+    return vendor_reason(backend, x, weight, stage.of_unit(i)) is None
 
 
 def convs_of(backend: Any, stage: Stage, i: int, which: str) -> Any:
