@@ -91,44 +91,48 @@ def build(device: Device, record: Record) -> None:
     run on a bare machine."""
     before, sources = record.before.get("module", {}), _digest(*_sources())
     folder = record.file.parent / MODULE
-    probe = [sys.executable, "-c", "import fastres._C, fastres.kernels"]
-    done = subprocess.run(probe, cwd=tempfile.gettempdir(), capture_output=True, text=True)
-    installed = done.returncode == 0 and before.get("sources", sources) == sources
-    if device.dry:
-        state = "is installed" if installed else "is not installed (dry run)"
-        record.set(installed=installed, ran=None)
+    elsewhere = Path(tempfile.gettempdir())  # where only what is installed is found
+    installed = _why_not(elsewhere) is None and before.get("sources", sources) == sources
+
+    def say(state: str) -> None:
         table("build", ("what", "state"), [("fastres", state)])
-        return
-    if not installed and before.get("sources") == sources and (names := carried(folder, before)):
-        for name, target in names.items():
-            shutil.copy2(folder / name, target)
+
+    if device.dry:
+        record.set(installed=installed, ran=None)
+        return say("is installed" if installed else "is not installed (dry run)")
+    if installed:
+        record.set(installed=True, ran=None, module=before or {"sources": sources})
+        return say("is installed")
+    if before.get("sources") == sources and carried(folder, before):
+        for name, place in _module_files().items():
+            shutil.copy2(folder / name, place)
         link = ROOT / "fastres/kernels"  # what an installation maps, for processes that tune starts
         if not link.exists():
             link.symlink_to("../kernels")
-        after = subprocess.run(probe, cwd=ROOT, capture_output=True, text=True)
-        record.set(installed=after.returncode == 0, ran=None, module=before)
-        if after.returncode != 0:
-            reason = (after.stderr.strip().splitlines() or ["unknown"])[-1]
+        reason = _why_not(ROOT)
+        record.set(installed=reason is None, ran=None, module=before)
+        if reason is not None:
             raise RuntimeError(f"the module in {folder} does not load here: {reason}")
-        table("build", ("what", "state"), [("fastres", f"taken from {folder}")])
-        return
+        return say(f"taken from {folder}")
     argv = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps",
             "--disable-pip-version-check", "-e", str(ROOT)]  # fmt: skip
-    if installed:
-        record.set(installed=True, ran=None, module=before or {"sources": sources})
-        table("build", ("what", "state"), [("fastres", "is installed")])
-        return
     done = subprocess.run(argv, capture_output=True, text=True, timeout=record.time_left())
     log = (done.stdout + done.stderr)[-4000:]
-    after = subprocess.run(probe, cwd=tempfile.gettempdir(), capture_output=True, text=True)
-    record.set(installed=after.returncode == 0, ran=argv, log=log)
-    if after.returncode != 0:
+    reason = _why_not(elsewhere)
+    record.set(installed=reason is None, ran=argv, log=log)
+    if reason is not None:
         print(log)
-        reason = (after.stderr.strip().splitlines() or ["unknown"])[-1]
         # the stages after this one need no C++ module, and find kernels/ in the checkout
         raise RuntimeError(f"the installation failed; going on from the checkout: {reason}")
     record.set(module={"sources": sources, **keep_module(folder)})
-    table("build", ("what", "state"), [("fastres", "installed")])
+    say("installed")
+
+
+def _why_not(cwd: Path) -> str | None:
+    """Why fastres and its kernels cannot be imported there; None when they can."""
+    probe = [sys.executable, "-c", "import fastres._C, fastres.kernels"]
+    done = subprocess.run(probe, cwd=cwd, capture_output=True, text=True)
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["unknown"])[-1]
 
 
 def _sources() -> list[Path]:
@@ -144,30 +148,31 @@ def _digest(*files: Path) -> str:
     return digest.hexdigest()
 
 
+def _module_files() -> dict[str, Path]:
+    """{name in module/: place in the checkout} of the native module and what it was built with."""
+    module = f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    folder = ROOT / "fastres"
+    return {module: folder / module, BUILD_INFO: folder / "_build_info.json"}
+
+
 def keep_module(folder: Path) -> dict[str, Any]:
-    """Copies the native module and what it was built with to `folder`: {"files": digests}. A module
-    larger than what may come back from a machine stays, and is built again."""
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    module, info = ROOT / "fastres" / f"_C{suffix}", ROOT / "fastres" / "_build_info.json"
-    if not module.exists() or not info.exists() or module.stat().st_size > MODULE_BYTES:
+    """Copies the module's files to `folder`: {"files": digests}. A module larger than what may come
+    back from a machine stays, and is built again."""
+    files = _module_files()
+    if any(not p.exists() or p.stat().st_size > MODULE_BYTES for p in files.values()):
         return {}
     folder.mkdir(exist_ok=True)
-    shutil.copy2(module, folder / module.name)
-    shutil.copy2(info, folder / BUILD_INFO)
-    return {"files": {p.name: _digest(p) for p in (folder / module.name, folder / BUILD_INFO)}}
+    for name, place in files.items():
+        shutil.copy2(place, folder / name)
+    return {"files": {name: _digest(folder / name) for name in files}}
 
 
-def carried(folder: Path, before: dict[str, Any]) -> dict[str, Path]:
-    """{file in `folder`: its place in the checkout} of an earlier run's module; nothing unless it
-    is whole and for this Python."""
+def carried(folder: Path, before: dict[str, Any]) -> bool:
+    """Whether an earlier run's module in `folder` is whole and for this Python."""
     files = before.get("files", {})
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    places = {
-        f"_C{suffix}": ROOT / "fastres" / f"_C{suffix}",
-        BUILD_INFO: ROOT / "fastres" / "_build_info.json",
-    }
-    whole = all((folder / n).is_file() and _digest(folder / n) == files.get(n) for n in places)
-    return places if whole else {}
+    return all(
+        (folder / n).is_file() and _digest(folder / n) == files.get(n) for n in _module_files()
+    )
 
 
 def doctor(device: Device, record: Record) -> None:

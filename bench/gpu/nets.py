@@ -303,14 +303,9 @@ def autotune(device: Device, record: Record) -> None:
 def _stage(device: Device, record: Record, configs: tuple[Config, ...]) -> None:
     configs = DRY[record.stage] if device.dry else configs
     # rows of variants that failed are there before the others are timed: a config is kept whole
-    whole = set()
-    for config in configs:
-        rows = [r for r in record.before.get("rows", []) if config.has(r)]
-        missing = {v.name for v in config.variants} - {r["variant"] for r in rows}
-        if rows and not missing and not any(map(_late, rows)):
-            whole.add(tuple(rows[0][k] for k in CONFIG))
-    kept = record.keep(lambda row: tuple(row[k] for k in CONFIG) in whole)
-    todo = tuple(c for c in configs if not any(c.has(row) for row in kept))
+    done = [c for c in configs if _whole(c, record.before.get("rows", []))]
+    record.keep(lambda row: any(c.has(row) for c in done))
+    todo = tuple(c for c in configs if c not in done)
     found = machine(device)
     record.set(machine=found)
     answers = checked(device, record, record.stage, todo)
@@ -326,6 +321,13 @@ def _stage(device: Device, record: Record, configs: tuple[Config, ...]) -> None:
         device.empty()
         show(record.stage, config, rows)
         record.save()
+
+
+def _whole(config: Config, rows: list[dict[str, Any]]) -> bool:
+    """Whether every variant has its row, and none is missing for want of time."""
+    mine = [row for row in rows if config.has(row)]
+    there = {row["variant"] for row in mine}
+    return there >= {v.name for v in config.variants} and not any(map(_late, mine))
 
 
 def _late(row: dict[str, Any]) -> bool:

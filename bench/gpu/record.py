@@ -188,9 +188,7 @@ class Record:
         try:
             write_json(self.file, whole)
             self.unsaved = None
-        except (
-            OSError
-        ) as error:  # a full disk does not stop the measurement; it may be full no more
+        except OSError as error:  # a full disk stops nothing: later there may be room
             if self.unsaved is None:
                 print(f"{self.stage}: {self.file} cannot be written: {error}", flush=True)
             self.unsaved = str(error)
