@@ -101,6 +101,15 @@ def backend(name: str):
     return importlib.import_module(MODULES[name])
 
 
+def cuda_convs():
+    """The cuda backend with its convolutions, or a skip with the reason they are missing."""
+    module = backend("cuda")
+    reason = module.conv_missing(torch.empty(0).device)
+    if reason is not None:
+        pytest.skip(reason)
+    return module
+
+
 @contextlib.contextmanager
 def table(**changes):
     """The table of convolution tiles in use (the interpreter's, or the GPU's) with other values."""

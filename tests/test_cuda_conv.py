@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import test_conv as conv
 import torch
-from common import DTYPES, backend
+from common import DTYPES, cuda_convs
 from test_conv import Layer, check, empty
 
 from fastres import _cuda, _cuda_cutlass, _cuda_pointwise, counters
@@ -48,9 +48,7 @@ def layers(names=tuple(LAYERS), dtypes=("bf16",)):
 @pytest.fixture
 def module(gpu):
     """Without the pointwise kernels, which have tests of their own."""
-    reason = backend("cuda").conv_missing(torch.empty(0).device)
-    if reason is not None:
-        pytest.skip(reason)
+    cuda_convs()
     return _cuda_cutlass
 
 

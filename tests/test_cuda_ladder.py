@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from common import backend
+from common import cuda_convs
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, resnet18
 
@@ -21,10 +21,7 @@ CONVS = ("conv_fprop", "conv_dgrad", "conv_wgrad")
 
 @pytest.fixture
 def cuda(gpu):
-    reason = backend("cuda").conv_missing(torch.empty(0).device)
-    if reason is not None:
-        pytest.skip(reason)
-    return _cuda
+    return cuda_convs()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import test_conv as conv
 import torch
-from common import backend
+from common import cuda_convs
 from test_conv import Layer, check, poison  # noqa: F401 (a fixture of every test here)
 from test_plan import cache  # noqa: F401 (likewise)
 from torch import Tensor, nn
@@ -56,10 +56,7 @@ def case(op: str, layer: Layer, dtype):
 
 @pytest.fixture
 def cuda(gpu):
-    reason = backend("cuda").conv_missing(torch.empty(0).device)
-    if reason is not None:
-        pytest.skip(reason)
-    return _cuda
+    return cuda_convs()
 
 
 @pytest.mark.parametrize("op, tile", [(op, t) for op, names in TILES.items() for t in names])
