@@ -11,6 +11,7 @@ from typing import Any
 
 from fastres.bench.chart import colour_of
 
+from .gpu.numbers import counted
 from .results import OURS, Result
 
 # of the run-book's charts, which have up to 20 series
@@ -202,7 +203,8 @@ def _gpu(result: Result) -> list[Chart]:
         dry = " (DRY RUN)" if own["dry_run"] else ""
         rows = own["rows"]
         if stage == "kernels":
-            found += _gpu_kernels([r for r in rows if r.get("variants")], dry)
+            of = own.get("expected", {}).get("forms", {})
+            found += _gpu_kernels([r for r in rows if r.get("variants")], of, dry)
         elif stage == "memory":
             found += _gpu_memory([r for r in rows if r.get("saved")], dry)
         elif any("img/s" in r for r in rows):
@@ -211,8 +213,11 @@ def _gpu(result: Result) -> list[Chart]:
     return found
 
 
-def _gpu_kernels(rows: list[dict[str, Any]], dry: str) -> list[Chart]:
-    """Percent of roofline of each form of our kernels: the median over its shapes."""
+def _gpu_kernels(
+    rows: list[dict[str, Any]], expected: dict[str, dict[str, int]], dry: str
+) -> list[Chart]:
+    """Percent of roofline of each form of our kernels: the median over its shapes. A form of which
+    not all (expected) shapes were timed says so in its name."""
     names: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         form = row["case"].removesuffix(f"/{row['where']}")
@@ -228,8 +233,16 @@ def _gpu_kernels(rows: list[dict[str, Any]], dry: str) -> list[Chart]:
     if not series:
         return []
 
+    def name(form: str) -> str:
+        short = [
+            f"{label} {counted(len(names[form].get(label, [])), of)}"
+            for label, of in expected.get(form, dict.fromkeys(names[form])).items()
+            if len(names[form].get(label, [])) != of
+        ]
+        return f"{form} (not complete: {', '.join(short)})" if short else form
+
     def draw(axis: Any) -> None:
-        _bars(axis, list(names), series, "percent", _shades(series))
+        _bars(axis, list(map(name, names)), series, "percent", _shades(series))
         axis.axvline(100, color="#444444", linewidth=0.8)
 
     height = 1.2 + 0.14 * len(names) * len(series)

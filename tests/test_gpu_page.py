@@ -20,6 +20,18 @@ ENV = {
 CLOCK = {"clocks.sm": "1980", "clocks.mem": "3201", "power.draw": "500", "power.limit": "700"}
 
 
+EXPECTED = {
+    "cases": 6, "convs": {"fprop": 3, "dgrad": 3, "wgrad": 3}, "layers": 2,
+    "streams": {"add_relu (triton)": 1, "add_relu (cuda)": 2, "bn_stats (cuda)": 1},
+    "forms": {"fprop": {"cuda": 2}},
+}  # fmt: skip
+VARIANTS = {
+    "resnet50|256|train": ["compile bf16", "fastres b", "fastres c2", "fastres d"],
+    "resnet50|32|train": ["eager bf16", "fastres b"],
+    "resnet18|256|train": ["eager bf16", "fastres b"],
+}
+
+
 def stage(rows: list, **values) -> dict:
     return {
         "status": "done", "dry_run": False, "command": "python -m bench.gpu --stages x",
@@ -60,7 +72,7 @@ def files() -> dict[str, dict]:
         case("fprop", "images", 1, vendor={"us": 5.0}, passes={"us": 6.0}),
         case("add_relu", "8x8", ours={"us": 2.0, "GB/s": 3800.0, "percent": 95.0},
              cuda={"us": 2.1, "GB/s": 3600.0, "percent": 90.0}),
-        wrong,
+        case("backward", "a", 1, b={"us": 7.0}), wrong,
     ]  # fmt: skip
     missing = {"model": "resnet50", "mode": "train", "batch": 256, "variant": "fastres d",
                "status": "not measured", "error": "wrong: outputs"}  # fmt: skip
@@ -78,10 +90,11 @@ def files() -> dict[str, dict]:
         "checks": {"tests": stage([{"test": "test_conv.py::t", "error": "E"}], by_backend=tests,
                                   status="failed", error="1 failed, 4 passed"),
                    "sanitizer": stage([{"tool": "memcheck", "errors": 0, "state": "exit code 0"}])},
-        "kernels": {"kernels": stage(kernels, machine=machine)},
-        "train": {"train": stage(train, machine=machine)},
+        "kernels": {"kernels": stage(kernels, machine=machine, expected=EXPECTED)},
+        "train": {"train": stage(train, machine=machine, expected=VARIANTS)},
         "inference": {"memory": stage([memory])},
-        "probes": {"cudnn": stage(probes), "tune": stage([], status="timeout", error="stopped")},
+        "probes": {"cudnn": stage(probes, shapes=12),
+                   "tune": stage([], status="timeout", error="stopped")},
     }  # fmt: skip
 
 
@@ -110,25 +123,40 @@ def test_what_the_issues_ask_stands_beside_what_was_measured(page):
     text, _ = page
     assert "x cuDNN (wanted 0.95) | x cuDNN + passes (wanted 1.2)" in text
     assert lines(text, "| fprop |") == [
-        "| fprop | 30 | 27 | 60 | 0.9, NOT reached | 2, reached | 3 | 1 |"
+        "| fprop | 30 | 27 | 60 | 0.9, NOT reached | 2, reached | 3 of 3 | 1 |"
     ]
     assert lines(text, "| dgrad |") == [
-        "| dgrad | 30 | 33 | 33 | 1.1, reached | 1.1, NOT reached | 3 | 0 |"
+        "| dgrad | 30 | 33 | 33 | 1.1, reached | 1.1, NOT reached | 3 of 3 | 0 |"
     ]
     assert lines(text, "| wgrad |")[0].split(" | ")[4:6] == ["not measured", "not measured"]
-    assert "| add_relu (triton) | 1 | 95% | 95% | 1 of 1 | 95, reached |" in text
-    assert "| add_relu (cuda) | 1 | 90% | 90% | 0 of 1 | 90, NOT reached |" in text
+    assert lines(text, "| all |")[0].split(" | ")[4:7] == [
+        "1, not complete: 6 of 9", "1.55, not complete: 6 of 9", "6 of 9"
+    ]  # fmt: skip
+    network = "| **the network** |  |  | not complete: 1 of 2 | not complete: 0 of 2 |"
+    assert lines(text, network)
+    assert "\n5 of 6 cases were timed.\n" in text
+    assert "| add_relu (triton) | 1 of 1 | 95% | 95% | 1 of 1 | 95, reached |" in text
+    assert "| add_relu (cuda) | 1 of 2 | 90% | 90% | 0 of 2 | 90, not complete: 1 of 2 |" in text
+    assert "| bn_stats (cuda) | 0 of 1 |  |  | 0 of 1 | not measured |" in text
     assert "| `bn_stats/2x2` | ours | wrong: y: rms error |" in text
 
 
 def test_networks_memory_probes_and_tests_are_in_the_page(page):
     text, _ = page
     assert lines(text, "| resnet50 | train | 256 |")[0].split(" | ")[3:] == [
-        "1.10 [1.09-1.11]", "fastres c2", "1.20 [1.19-1.21]", "1.10 [1.09-1.11] |"
+        "1.10 [1.09-1.11]", "fastres c2", "1.20 [1.19-1.21]", "1.10 [1.09-1.11]",
+        "2 of 3, not complete", "1 of 1 |",
+    ]  # fmt: skip
+    assert lines(text, "| resnet50 | train | 32 |")[0].endswith(
+        " | 1 of 1 | 0 of 1, not complete |"
+    )
+    # what was never begun has a line, too
+    assert lines(text, "| resnet18 | train | 256 |")[0].split(" | ")[3:] == [
+        "not measured", "not measured", "", "", "0 of 1, not complete", "0 of 1, not complete |"
     ]  # fmt: skip
     assert "- fastres d, not measured: wrong: outputs" in text
     assert "| resnet50 | **fastres b** | 256 | 1.00 | 0.50 | 2.00 | 0.75 |" in text
-    assert "| conv+genstats | bfloat16 | 1/1 | 1/1 | 1.25 |" in text
+    assert "| conv+genstats | bfloat16 | 1/1 | 1/1 | 1 of 12 | 1.25 |" in text
     assert "| 256x64x56x56>64 3x3 s2 | float16 | not tried |" in text
     assert "**failed**: 1 failed, 4 passed" in text and "**timeout**: stopped" in text
     assert "| `test_conv.py` | triton | 4 | 1 | 0 |" in text
@@ -160,7 +188,8 @@ def test_the_chart_of_kernels_has_a_bar_for_a_form_not_for_a_shape():
 
     rows = [case("bn_stats", f"{n}x8", ours={"percent": n}) for n in (40.0, 60.0, 95.0)]
     rows += [case("fprop", "a", **percents(fused=50.0, cuda=70.0, vendor=99.0))]
-    (chart,) = charts._gpu_kernels(rows, "")
+    of = {"bn_stats": {"triton": 3}, "fprop": {"triton": 1, "cuda": 4}}
+    (chart,) = charts._gpu_kernels(rows, of, "")
     drawn, colours = {}, set()
 
     class Axis:
@@ -175,9 +204,10 @@ def test_the_chart_of_kernels_has_a_bar_for_a_form_not_for_a_shape():
             return lambda *args, **kwargs: None
 
     chart.draw(Axis())
-    assert drawn == {"names": ["bn_stats", "fprop"], "triton": [60.0, 50.0], "cuda": [0, 70.0]}
+    names = ["bn_stats", "fprop (not complete: cuda 1 of 4)"]
+    assert drawn == {"names": names, "triton": [60.0, 50.0], "cuda": [0, 70.0]}
     assert len(colours) == 2
-    assert charts._gpu_kernels([case("fprop", "a", vendor={"percent": 1.0})], "") == []
+    assert charts._gpu_kernels([case("fprop", "a", vendor={"percent": 1.0})], {}, "") == []
 
 
 def test_a_file_that_lacks_something_is_named_and_the_others_are_rendered(tmp_path):

@@ -71,7 +71,8 @@ def test_files_are_few_small_and_carry_their_machine(dry):
 @pytest.mark.slow
 def test_kernels_are_checked_timed_and_measured_against_the_roofline(dry):
     out, _ = dry
-    rows = json.loads((out / "kernels.json").read_text())["stages"]["kernels"]["rows"]
+    own = json.loads((out / "kernels.json").read_text())["stages"]["kernels"]
+    rows = own["rows"]
     ops = {row["op"] for row in rows}
     assert {"fprop", "dgrad", "wgrad", "dgrad_wgrad", "backward", "bn_stats", "bn_apply"} <= ops
     for row in rows:
@@ -81,6 +82,11 @@ def test_kernels_are_checked_timed_and_measured_against_the_roofline(dry):
             assert 0 < variant["us_q1"] <= variant["us"] <= variant["us_q3"]
     fused = [r["variants"]["fused"] for r in rows if "fused" in r["variants"]]
     assert all(v["bytes"] > 0 and v["flops"] > 0 and v["percent"] > 0 for v in fused)
+    assert len(rows) == own["expected"]["cases"]
+    shares = own["stream_copy_percent"]
+    assert all(e["shapes"] == e["of"] for n, e in shares.items() if n.endswith("(triton)"))
+    assert all(e["us"] and e["layers"] == e["of"] for e in own["backward_us"].values())
+    assert own["conv_sum_us"]["all"]["convs"] == 0 < own["conv_sum_us"]["all"]["of"]
     decided = [r for r in rows if r["op"] == "backward"]
     assert decided and all({"b", "c1", "c2"} <= set(r["variants"]) for r in decided)
     assert all(set(r["variants"]["c2"]["against"]) == {"b"} for r in decided)
@@ -89,8 +95,11 @@ def test_kernels_are_checked_timed_and_measured_against_the_roofline(dry):
 @pytest.mark.slow
 def test_networks_are_timed_eagerly_and_as_graphs(dry):
     out, _ = dry
-    rows = json.loads((out / "train.json").read_text())["stages"]["train"]["rows"]
+    train = json.loads((out / "train.json").read_text())["stages"]["train"]
+    rows = train["rows"]
     names = {r["variant"] for r in rows if r["status"] == "ok"}
+    assert train["expected"].keys() == {"resnet50|2|train"}
+    assert names == set(train["expected"]["resnet50|2|train"])
     assert {"eager bf16", "eager bf16 +graph", "fastres b", "fastres b +graph"} <= names
     assert {"fastres cuda c2", "fastres cuda c2 +graph"} <= names
     assert all(r["img/s"] > 0 and "eager bf16" in r["against"] for r in rows)
@@ -289,14 +298,35 @@ def test_the_sums_that_decide_about_the_hopper_convolutions():
         conv_row("wgrad", 2, cuda=20.0, vendor=10.0),
         conv_row("backward", 2, b=1.0),
     ]
-    sums = conv_sums(rows)
+    sums = conv_sums(rows, {"fprop": 4, "dgrad": 2, "wgrad": 2})
     fprop = sums["fprop"]
     assert (fprop["cuda"], fprop["vendor"], fprop["passes"]) == (30, 27, 60)
     assert (fprop["x vendor"], fprop["x passes"], fprop["convs"]) == (0.9, 2.0, 3)
+    assert [sums[k]["of"] for k in ("fprop", "dgrad", "wgrad", "all")] == [4, 2, 2, 8]
     assert fprop["left_out"] == sums["all"]["left_out"] == ["fprop/a"]
     assert sums["wgrad"]["passes"] == 20 and sums["wgrad"]["x passes"] == 0.5
     assert sums["all"]["cuda"] == 90 and sums["all"]["x passes"] == 140 / 90
-    assert conv_sums([])["all"]["x vendor"] is None
+    assert conv_sums([], {})["all"]["x vendor"] is conv_sums([], {})["all"]["of"] is None
+
+
+def test_a_verdict_is_over_all_expected_cases_or_not_complete():
+    from bench.gpu.numbers import backward_sums, said
+
+    assert said(0.96, 0.95, 52, 52) == "0.96, reached"
+    assert said(0.94, 0.95, 52, 52) == "0.94, NOT reached"
+    assert said(0.96, 0.95, 51, 52) == "0.96, not complete: 51 of 52"
+    assert said(0.96, 0.95, 52, None) == "0.96, not complete: 52 of an unknown number"
+    assert said(None, 0.95, 0, 52) == "not measured"
+    backward = [
+        {"op": "backward", "count": n, "variants": {v: {"us": t} for v, t in us.items()}}
+        for n, us in ((3, {"b": 2.0, "c1": 1.0, "c2": 1.0, "d": 0.5}), (1, {"b": 4.0, "c2": 3.0}))
+    ]
+    assert backward_sums(backward, 4) == {
+        "b": {"us": 10.0, "layers": 4, "of": 4}, "c1": {"us": None, "layers": 3, "of": 4},
+        "c2": {"us": 6.0, "layers": 4, "of": 4}, "d": {"us": 4.5, "layers": 4, "of": 4},
+    }  # fmt: skip
+    # a layer whose row never got into the file
+    assert {e["us"] for e in backward_sums(backward[:1], 4).values()} == {None}
 
 
 def test_the_streaming_kernels_share_of_copy_bandwidth():
@@ -306,20 +336,27 @@ def test_the_streaming_kernels_share_of_copy_bandwidth():
         return {"op": op, "variants": {v: {"GB/s": s} for v, s in speeds.items()}}
 
     rows = [row("bn_stats", ours=3800, cuda=2000), row("bn_stats", cuda=4000), row("fprop", ours=9)]
-    assert stream_shares(rows, 4e12) == {
-        "bn_stats (triton)": {"shapes": 1, "min": 95, "median": 95, "reach": 1},
-        "bn_stats (cuda)": {"shapes": 2, "min": 50, "median": 75, "reach": 1},
+    expected = {"bn_stats (triton)": 3, "add_relu (cuda)": 1}
+    assert stream_shares(rows, 4e12, expected) == {
+        "bn_stats (triton)": {"shapes": 1, "of": 3, "min": 95, "median": 95, "reach": 1},
+        "add_relu (cuda)": {"shapes": 0, "of": 1, "min": None, "median": None, "reach": 0},
+        "bn_stats (cuda)": {"shapes": 2, "of": None, "min": 50, "median": 75, "reach": 1},
     }
 
 
 def test_each_conv_of_the_network_is_in_the_sums_once():
     """ResNet-50 has 53 convs, and no dgrad of the images. They come before other forms, after the
     streaming kernels."""
-    from bench.gpu.kernels import all_cases
+    from bench.gpu.kernels import all_cases, expected
 
     cases = all_cases(False)
     found = {op: sum(c.c2 for c in cases if c.op == op) for op in ("fprop", "dgrad", "wgrad")}
     assert found == {"fprop": 53, "dgrad": 52, "wgrad": 53}
+    of = expected(cases)  # the C++ kernels do not take the images
+    assert of["convs"] == {"fprop": 52, "dgrad": 52, "wgrad": 52} and of["layers"] == 52
+    shapes = sum(c.op == "bn_stats" for c in cases)
+    assert of["streams"]["bn_stats (cuda)"] == of["roofline"]["bn_stats"] == shapes == 12
+    assert of["cases"] == len(cases) and of["forms"]["fprop/stats"] == {"triton": 13, "cuda": 12}
     worth = [
         0 if c.op not in numbers.CONV_OPS else 2 if c.op == "backward" else 1 if c.c2 else 3
         for c in cases
@@ -411,9 +448,9 @@ def test_what_cudnn_was_not_asked_is_not_unsupported(probing, monkeypatch):
     assert [r["supported"] for r in rec.rows[:8]] == [True, False, True, True] * 2
     assert [r["supported"] for r in rec.rows[8:]] == [True, False, True, None] + [None] * 4
     assert "not tried: 5 of 16, for lack of time" in rec.found["notes"]
-    lines = {
-        (form, name): (all_, down) for form, name, all_, down, _ in numbers.cudnn_counts(rec.rows)
-    }
+    counts = numbers.cudnn_counts(rec.rows, 2)
+    lines = {(form, name): (all_, down) for form, name, all_, down, *_ in counts}
+    assert [line[4] for line in counts] == ["2 of 2"] * 4 + ["1 of 2"] * 3 + ["0 of 2"]
     assert lines["conv", bf16] == ("2/2", "1/1") and lines["conv", fp16] == ("1/1", "0/0")
     assert lines["conv+genstats", fp16] == ("0/1", "0/0")
     assert lines["conv+scale-bias-relu", fp16] == ("0/0", "0/0")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import json
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +23,16 @@ from bench.gpu.numbers import (
     CONV_WANTED,
     RUNGS,
     STREAM_PERCENT,
+    STREAM_VARIANTS,
     backward_sums,
     conv_sums,
+    counted,
+    said,
     stream_shares,
 )
 from bench.gpu.pool import parallel_workers, run_jobs
 from bench.gpu.record import Record
+from fastres.roofline import ConvShape
 
 DTYPE, NAME = torch.bfloat16, "bf16"
 ROUNDS = 7
@@ -36,6 +42,9 @@ JOB_SECONDS = 60.0
 # rms errors of a stored tensor are under a bf16 rounding (2^-9 of the value) twice; sums add them
 # up. A wrong formula or index is off by about 1.
 RMS_LIMIT, MAX_LIMIT, BITS_LIMIT = 6e-3, 5e-2, 2e-3
+# whose kernel a variant is
+LABELS = {"ours": "triton", "fused": "triton", "cuda": "cuda", "cutlass": "cutlass"}
+HOPPER = ("cuda", "cutlass")  # variants
 GEMM = 8192
 COPY_BYTES = 1 << 30
 
@@ -59,6 +68,56 @@ def _worth(case: Case) -> int:
     return 0 if case.c2 else 2
 
 
+def expected(cases: Sequence[Case]) -> dict[str, Any]:
+    """How many cases each verdict and each sum is over when all were timed: of the streaming
+    kernels, of the convs in training that the C++ kernels take by their shapes, of the layers'
+    backward, and of what has a percent of roofline, by op and by form."""
+    streams: Counter[str] = Counter()
+    convs = dict.fromkeys(("fprop", "dgrad", "wgrad"), 0)
+    ops: Counter[str] = Counter()
+    forms: dict[str, Counter[str]] = {}
+    for case in cases:
+        taken = {v: name for v, name in LABELS.items() if v not in HOPPER or _shape_fits(case)}
+        if not isinstance(case.shape, ConvShape):
+            streams.update(f"{case.op} ({who})" for who in STREAM_VARIANTS.values())
+        elif case.op in convs and "cuda" in taken:
+            convs[case.op] += case.c2
+        for v in lib.variants(case):
+            if v in taken and lib.moved(case, v, NAME) is not None:
+                ops[label(case.op, v)] += 1
+                if v != "cutlass":
+                    forms.setdefault(form(case), Counter())[LABELS[v]] += 1
+    layers = sum(c.count for c in cases if c.op == "backward")
+    return {
+        "cases": len(cases), "streams": dict(streams), "convs": convs, "layers": layers,
+        "roofline": dict(ops), "forms": {k: dict(v) for k, v in forms.items()},
+    }  # fmt: skip
+
+
+def _shape_fits(case: Case) -> bool:
+    """Whether the C++ kernels take the case on a card that they serve."""
+    s = case.shape
+    if not isinstance(s, ConvShape):
+        return True
+    from fastres import _cuda
+
+    x, w = (
+        torch.empty(size, dtype=DTYPE, device="meta", memory_format=torch.channels_last)
+        for size in (s.x, (s.K, s.C // s.groups, s.R, s.S))
+    )
+    geometry = [*s.stride, *s.padding, *s.dilation, s.groups]
+    return _cuda.conv_why_not(x, w, geometry) is None
+
+
+def form(case: Case) -> str:
+    return case.name.removesuffix(f"/{case.where}")
+
+
+def label(op: str, variant: str) -> str:
+    """Of a kernel in the table of rooflines."""
+    return op if LABELS[variant] == "triton" else f"{op} ({variant})"
+
+
 def _module() -> Any:
     import fastres.kernels
 
@@ -67,7 +126,7 @@ def _module() -> Any:
 
 def why_not(case: Case, variant: str, s: Set) -> str | None:
     """Why our kernels do not take a case; None when they do."""
-    m, hopper = _module(), variant in ("cuda", "cutlass")
+    m, hopper = _module(), variant in HOPPER
     if hopper:
         from fastres import _cuda as m
 
@@ -178,7 +237,7 @@ def check(device: Device, record: Record, names: list[str]) -> dict[str, dict[st
 def run(device: Device, record: Record) -> None:
     kept = {row["case"] for row in record.keep(lambda row: bool(row.get("variants")))}
     found = machine(device)
-    record.set(machine=found, dtype=NAME)
+    record.set(machine=found, dtype=NAME, expected=expected(all_cases(device.dry)))
     print(f"copy {found['bandwidth'] / 1e12:.3g} TB/s, matmul {found['rate'] / 1e12:.4g} TFLOP/s")
     todo = [case for case in all_cases(device.dry) if case.name not in kept]
     checked = check(device, record, [c.name for c in todo])
@@ -264,18 +323,17 @@ def show(record: Record) -> None:
         for v, verdict in row["checks"].items():
             if not verdict["ok"] and "not supported" not in str(verdict.get("error")):
                 wrong.append((row["case"], v, str(verdict.get("error"))[:90]))
-        timed = row.get("variants", {})
-        ours = next((timed[v] for v in ("ours", "fused") if v in timed), None)
-        labels = [(f"{row['op']} ({v})", timed.get(v)) for v in ("cuda", "cutlass")]
-        for label, entry in ((row["op"], ours), *labels):
-            if entry is not None and "percent" in entry:
-                groups.setdefault(label, []).append({**entry, "row": row})
+        for v, entry in row.get("variants", {}).items():
+            if v in LABELS and "percent" in entry:
+                groups.setdefault(label(row["op"], v), []).append(entry)
     lines = []
+    of = record.found["expected"]["roofline"]
     for op, found in groups.items():
         percents = [f["percent"] for f in found]
         best = [f["against"][b]["x"] for f in found for b in f.get("against", {})]
         lines.append((
-            op, len(found), statistics.median(percents), min(percents), max(percents),
+            op, counted(len(found), of.get(op)), statistics.median(percents), min(percents),
+            max(percents),
             statistics.median(f["GB/s"] for f in found),
             statistics.median(f["TFLOP/s"] for f in found),
             statistics.median(best) if best else None,
@@ -302,23 +360,42 @@ def show_backward(record: Record) -> None:
         lines.append((row["where"], row["epilogue"], row["count"], *times, best))
     heads = ("layer", "epilogue", "n", *RUNGS, "best")
     table("backward of each layer, microseconds", heads, lines)
-    totals = backward_sums(record.rows)
+    totals = backward_sums(record.rows, record.found["expected"]["layers"])
     record.set(backward_us=totals)
-    text = ", ".join(f"{v} {t:.0f} us" for v, t in totals.items() if t)
-    print(f"  all layers of the network: {text or 'not complete'}", flush=True)
+    text = ", ".join(
+        f"{v} {t['us']:.0f} us"
+        if t["us"]
+        else f"{v} not complete ({counted(t['layers'], t['of'])})"
+        for v, t in totals.items()
+    )
+    print(f"  all layers of the network: {text}", flush=True)
 
 
 def show_numbers(record: Record) -> None:
     """What the issue of the CUDA C++ kernels asks of them."""
-    sums = conv_sums(record.rows)
-    shares = stream_shares(record.rows, record.found["machine"]["bandwidth"])
+    of = record.found["expected"]
+    sums = conv_sums(record.rows, of["convs"])
+    bandwidth = record.found["machine"]["bandwidth"]
+    shares = stream_shares(record.rows, bandwidth, of["streams"])
     record.set(conv_sum_us=sums, stream_copy_percent=shares)
-    keys = ("cuda", "vendor", "passes", "x vendor", "x passes", "convs")
-    lines = [(name, *(e[k] for k in keys), len(e["left_out"])) for name, e in sums.items()]
-    heads = ("pass", *keys, "left out")
+    keys = ("cuda", "vendor", "passes")
+    lines = [
+        (
+            name, *(e[k] for k in keys),
+            *(said(e[f"x {k}"], x, e["convs"], e["of"]) for k, x in CONV_WANTED.items()),
+            len(e["left_out"]),
+        )
+        for name, e in sums.items()
+    ]  # fmt: skip
+    heads = ("pass", *keys, *(f"x {k}" for k in CONV_WANTED), "left out")
     wanted = ", ".join(f"{x:g} x {name}" for name, x in CONV_WANTED.items())
     table(f"CUDA C++ convs, microseconds; wanted: {wanted}", heads, lines)
-    keys = ("shapes", "median", "min", "reach")
-    lines = [(name, *(e[k] for k in keys)) for name, e in shares.items()]
-    heads = ("kernel", "shapes", "median", "min", f">= {STREAM_PERCENT}%")
+    lines = [
+        (
+            name, counted(e["shapes"], e["of"]), e["median"], e["reach"],
+            said(e["min"], STREAM_PERCENT, e["shapes"], e["of"]),
+        )
+        for name, e in shares.items()
+    ]  # fmt: skip
+    heads = ("kernel", "shapes", "median", f">= {STREAM_PERCENT}%", "min")
     table("streaming kernels: percent of copy bandwidth", heads, lines)

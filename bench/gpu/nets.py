@@ -33,6 +33,9 @@ MAX_SHARE = 0.7  # of the stage's time, for max-autotune to choose its kernels
 LOSS_LIMIT = 0.03  # first loss, against eager's: a wrong variant is off by far more
 
 
+GRAPH = " +graph"
+
+
 @dataclass(frozen=True)
 class Variant:
     """kind: "eager", "compile", "compile-max" or "fastres"; rung: of fastres; backend: whose
@@ -46,6 +49,15 @@ class Variant:
     @property
     def name(self) -> str:
         return " ".join(v for v in (self.kind, self.backend, self.rung or self.dtype) if v)
+
+    @property
+    def graph(self) -> str:
+        """The name of the same as one CUDA graph."""
+        return f"{self.name}{GRAPH}"
+
+    @property
+    def graphed(self) -> bool:
+        return self.kind != "compile-max"  # it has graphs of its own
 
 
 EAGER, HALF = Variant("eager"), Variant("eager", "fp16")
@@ -73,6 +85,11 @@ class Config:
     @property
     def training(self) -> bool:
         return self.mode == "train"
+
+    @property
+    def timed(self) -> list[str]:
+        """The names of all that is timed."""
+        return [n for v in self.variants for n in ((v.name, v.graph) if v.graphed else (v.name,))]
 
     def has(self, row: dict[str, Any]) -> bool:
         return (self.model, self.batch, self.mode) == tuple(row[k] for k in CONFIG)
@@ -307,7 +324,7 @@ def _stage(device: Device, record: Record, configs: tuple[Config, ...]) -> None:
     record.keep(lambda row: any(c.has(row) for c in done))
     todo = tuple(c for c in configs if c not in done)
     found = machine(device)
-    record.set(machine=found)
+    record.set(machine=found, expected={c.name: c.timed for c in configs})
     answers = checked(device, record, record.stage, todo)
     record.set(checks={**record.before.get("checks", {}), **answers})
     for config in todo:
@@ -365,10 +382,8 @@ def measure(
             if not abs(value - first) <= LOSS_LIMIT * abs(first) + (0.2 if device.dry else 0.0):
                 raise ValueError(f"wrong: it gives {value:.4g}, eager {first:.4g}")
             shots[v.name] = device.timer.shot([net.eager], seconds, graph=False)
-            if v.kind != "compile-max":  # it has graphs of its own
-                shots[f"{v.name} +graph"] = device.timer.shot(
-                    [net.graphed(pool)], seconds, graph=False
-                )
+            if v.graphed:
+                shots[v.graph] = device.timer.shot([net.graphed(pool)], seconds, graph=False)
         except Exception as error:
             why = one_line(error)
             rows.append(record.add(**whose, variant=v.name, status="failed", error=why))
@@ -377,7 +392,7 @@ def measure(
     times = take_turns(shots, 1 if device.dry else ROUNDS, record.time_left)
     medians = {name: statistics.median(t) for name, t in times.items()}
     plain = [n for n in BASELINES if n in medians]
-    graphs = [n for n in medians if n.removesuffix(" +graph") in BASELINES]
+    graphs = [n for n in medians if n.removesuffix(GRAPH) in BASELINES]
     ceilings = roofs(device, config, found)
     for name, values in times.items():
         row = {
@@ -393,7 +408,7 @@ def measure(
             row["against"]["best baseline or graph"] = {
                 "name": best, **ratio(values, times[best])
             }  # fmt: skip
-        rung = name.removesuffix(" +graph").removeprefix("fastres ").removeprefix("cuda ")
+        rung = name.removesuffix(GRAPH).removeprefix("fastres ").removeprefix("cuda ")
         if rung in ceilings:
             row |= {"ceiling": ceilings[rung], "percent": 100 * row["img/s"] / ceilings[rung]}
         rows.append(record.add(**row))

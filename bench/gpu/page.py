@@ -12,7 +12,9 @@ from bench.gpu.numbers import (
     STREAM_PERCENT,
     backward_sums,
     conv_sums,
+    counted,
     cudnn_counts,
+    said,
     stream_shares,
 )
 from bench.markdown import number, percent, table
@@ -72,13 +74,6 @@ def against(entry: Found | None, name: str) -> str:
     return "" if r is None else f"{r['x']:.2f} [{r['x_q1']:.2f}-{r['x_q3']:.2f}]"
 
 
-def wanted(value: float | None, least: float) -> str:
-    """A number beside what was asked of it."""
-    if value is None:
-        return "not measured"
-    return f"{value:.3g}, {'reached' if value >= least else 'NOT reached'}"
-
-
 # --- checks ---------------------------------------------------------------------------------------
 
 
@@ -125,10 +120,14 @@ def kernels(found: Found) -> list[str]:
     if "machine" not in found:
         return []
     bandwidth = found["machine"]["bandwidth"]
-    lines = machine(found) + sums(conv_sums(rows)) + shares(stream_shares(rows, bandwidth))
+    of = found.get("expected", {})
+    complete = [f"{counted(len(timed), of.get('cases'))} cases were timed.", ""]
+    lines = machine(found) + complete + sums(conv_sums(rows, of.get("convs", {})))
+    lines += shares(stream_shares(rows, bandwidth, of.get("streams", {})))
     lines += streams([r for r in timed if r["op"] not in CONV_OPS], bandwidth)
     lines += convs([r for r in timed if r["op"] in CONV_OPS and r["op"] != "backward"])
-    lines += backward([r for r in timed if r["op"] == "backward"], backward_sums(rows))
+    layers = backward_sums(rows, of.get("layers"))
+    lines += backward([r for r in timed if r["op"] == "backward"], layers)
     wrong = [
         [f"`{r['case']}`", v, short(verdict.get("error"))]
         for r in rows
@@ -158,9 +157,9 @@ def sums(found: Found) -> list[str]:
         [
             which,
             *(f"{e[k]:,.0f}" if e["convs"] else "" for k in ("cuda", "vendor", "passes")),
-            wanted(e["x vendor"], vendor),
-            wanted(e["x passes"], passes),
-            str(e["convs"]),
+            said(e["x vendor"], vendor, e["convs"], e["of"]),
+            said(e["x passes"], passes, e["convs"], e["of"]),
+            counted(e["convs"], e["of"]),
             str(len(e["left_out"])),
         ]
         for which, e in found.items()
@@ -175,11 +174,11 @@ def shares(found: Found) -> list[str]:
     rows = [
         [
             name,
-            str(e["shapes"]),
+            counted(e["shapes"], e["of"]),
             percent(e["median"]),
             percent(e["min"]),
-            f"{e['reach']} of {e['shapes']}",
-            wanted(e["min"], STREAM_PERCENT),
+            counted(e["reach"], e["of"]),
+            said(e["min"], STREAM_PERCENT, e["shapes"], e["of"]),
         ]
         for name, e in sorted(found.items())
     ]
@@ -230,7 +229,10 @@ def backward(rows: list[Found], totals: Found) -> list[str]:
         cells = [r["where"], r["epilogue"], str(r["count"]), *(times(v.get(n)) for n in RUNGS)]
         body.append(cells + [against(v.get("c2"), "b")])
     if body:
-        cells = [number(totals.get(n), ",.0f") for n in RUNGS]
+        cells = [
+            number(e["us"], ",.0f") or f"not complete: {counted(e['layers'], e['of'])}"
+            for e in (totals[n] for n in RUNGS)
+        ]
         body.append(["**the network**", "", "", *cells, ""])
     head = ["backward of a layer, us", "epilogue", "n", *(f"rung {n}" for n in RUNGS), "c2 x b"]
     return table(head, body)
@@ -243,11 +245,15 @@ def _config(row: Found) -> tuple[str, str, int]:
     return row["model"], row["mode"], row["batch"]
 
 
-def promises(rows: list[Found]) -> list[str]:
-    """What convert gives by itself, and the best of fastres, against the best baseline."""
+def promises(rows: list[Found], expected: dict[str, list[str]]) -> list[str]:
+    """What convert gives by itself, and the best of fastres, against the best baseline: of how many
+    variants and baselines there are. expected: the variants of each "model|batch|mode"."""
     body = []
-    for config in dict.fromkeys(map(_config, rows)):
+    planned = [(model, mode, int(n)) for model, n, mode in (c.split("|") for c in expected)]
+    for config in dict.fromkeys([*planned, *map(_config, rows)]):
         same = [r for r in rows if _config(r) == config]
+        model, mode, batch = config
+        names = expected.get(f"{model}|{batch}|{mode}")
         ours = [r for r in same if r["variant"].startswith("fastres") and r.get("against")]
         best = max(ours, key=lambda r: r["img/s"], default=None)
         default = next((r for r in ours if r["variant"] == DEFAULT), None)
@@ -255,14 +261,23 @@ def promises(rows: list[Found]) -> list[str]:
             *map(str, config), against(default, BEST) or "not measured",
             "not measured" if best is None else best["variant"],
             against(best, BEST), against(best, BEST_OF_ALL),
+            *(variants_timed(same, names, who) for who in (True, False)),
         ])  # fmt: skip
     head = ["network", "mode", "batch", "convert's own choice, x best baseline",
-            "fastest of fastres", "x best baseline", "x best, graphs too"]  # fmt: skip
+            "fastest of fastres", "x best baseline", "x best, graphs too", "of fastres timed",
+            "of baselines timed"]  # fmt: skip
     return table(head, body)
 
 
+def variants_timed(rows: list[Found], names: list[str] | None, ours: bool) -> str:
+    """How many of a network's variants (fastres's, or the others) have a time."""
+    n = sum(r["status"] == "ok" and r["variant"].startswith("fastres") == ours for r in rows)
+    of = None if names is None else sum(v.startswith("fastres") == ours for v in names)
+    return counted(n, of) + ("" if n == of else ", not complete")
+
+
 def networks(found: Found) -> list[str]:
-    lines = machine(found) + promises(found["rows"])
+    lines = machine(found) + promises(found["rows"], found.get("expected", {}))
     keys = ("eager bf16", BEST, BEST_OF_ALL)
     for config in dict.fromkeys(map(_config, found["rows"])):
         rows, reasons = [], []
@@ -307,8 +322,9 @@ def memory(found: Found) -> list[str]:
 
 def cudnn(found: Found) -> list[str]:
     rows = found["rows"]
-    counted = [[*line[:4], number(line[4], ".2f")] for line in cudnn_counts(rows)]
-    lines = table(["graph", "dtype", "shapes taken", "3x3 stride 2", "time / bare conv"], counted)
+    counts = cudnn_counts(rows, found.get("shapes"))
+    head = ["graph", "dtype", "shapes taken", "3x3 stride 2", "tried", "time / bare conv"]
+    lines = table(head, [[*line[:5], number(line[5], ".2f")] for line in counts])
     forms = list(dict.fromkeys(r["form"] for r in rows))
     shapes: dict[tuple[str, str], dict[str, str]] = {}
     for r in rows:

@@ -137,8 +137,9 @@ def cudnn(device: Device, record: Record) -> None:
                 continue
             probe(device, record, module, handle, s, dtype)
             device.empty()
-    lines = cudnn_counts(record.rows)
-    table("cudnn", ("form", "dtype", "shapes", "3x3 stride 2", "time / bare conv"), lines)
+    lines = cudnn_counts(record.rows, len(shapes))
+    heads = ("form", "dtype", "shapes", "3x3 stride 2", "tried", "time / bare conv")
+    table("cudnn", heads, lines)
     untried = sum(r["supported"] is None for r in record.rows)
     record.set(not_tried=untried)
     if untried:
