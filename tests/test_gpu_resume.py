@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -291,6 +293,77 @@ def test_a_bare_machine_takes_the_module_that_was_brought_back(tmp_path, monkeyp
     (root / "csrc" / "a.cu").write_text("changed")
     build()
     assert pip()  # importable, but not of these sources
+
+
+@pytest.fixture
+def sanitizer(tmp_path, monkeypatch):
+    """The stage with a shell script as compute-sanitizer, given as text: (record, its rows)."""
+    tool = tmp_path / "bin" / "compute-sanitizer"
+    tool.parent.mkdir()
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+    monkeypatch.setattr(record, "environment", lambda dry: {"commit": "c"})
+    monkeypatch.setattr(checks, "SANITIZED", {"test_a.py": ("x", "y")})
+    monkeypatch.setattr(checks, "TOOL_SECONDS", 0.0)
+    log = """ran() { echo '{"test": "t", "outcome": "'$1'"}' >> $FASTRES_TEST_LOG; }\n"""
+
+    def run(script: str, seconds: float = 60.0) -> tuple[record.Record, dict]:
+        tool.write_text(f"#!/bin/sh\n{log}{script}\n")
+        tool.chmod(0o755)
+        rec = record.Record(tmp_path, "sanitizer", True, seconds, "a test")
+        try:
+            checks.sanitizer(SimpleNamespace(dry=False), rec)
+        except RuntimeError as error:
+            rec.set(error=str(error))
+        rec.save("partial" if rec.partial else "done")
+        return rec, {row["tool"]: row for row in rec.rows}
+
+    return run
+
+
+SUMMARY = "echo ERROR SUMMARY: 0 errors; echo RACECHECK SUMMARY: 0 hazards"
+
+
+@pytest.mark.parametrize("script, state", [
+    (f"{SUMMARY}; exit 5", "no test ran, of 2; exit code 5"),
+    (f"ran passed; ran failed; {SUMMARY}; exit 1", "1 passed, 1 failed, of 2; exit code 1"),
+    (f"ran passed; {SUMMARY}", "1 passed, of 2; exit code 0"),
+    (f"ran skipped; ran skipped; {SUMMARY}", "2 skipped, of 2; exit code 0"),
+], ids=("none-collected", "failed", "cut", "skipped"))  # fmt: skip
+def test_a_sanitizer_that_did_not_see_every_test_is_repeated(sanitizer, script, state):
+    rec, rows = sanitizer(script)
+    assert rec.partial and f"memcheck: {state}" in rec.found["notes"]
+    assert {(r["errors"], r["state"]) for r in rows.values()} == {(None, state)}
+    rec, rows = sanitizer(f"ran passed; ran skipped; {SUMMARY}")
+    assert not rec.partial and set(rows) == {"memcheck", "racecheck"}
+    assert {r["errors"] for r in rows.values()} == {0}
+    assert {r["state"] for r in rows.values()} == {"1 passed, 1 skipped, of 2; exit code 0"}
+    assert sanitizer("exit 1")[1] == rows  # kept
+
+
+def test_a_sanitizer_that_is_stopped_takes_its_tests_along(sanitizer, tmp_path):
+    file = tmp_path / "pid"
+    only = f"[ $2 = memcheck ] || {{ ran passed; ran passed; {SUMMARY}; exit; }}"
+    rec, rows = sanitizer(f"{only}; ran passed; sleep 60 & echo $! > {file}; wait", 1.0)
+    assert rows["memcheck"]["state"] == "1 passed, of 2; stopped by its time limit"
+    assert rows["memcheck"]["errors"] is None and rec.partial
+    assert rows["racecheck"]["complete"]
+    child_of_tool = int(file.read_text())
+    for _ in range(100):
+        stat = Path(f"/proc/{child_of_tool}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("it runs on")
+
+
+def test_errors_that_a_sanitizer_counts_fail_the_stage(sanitizer):
+    rec, rows = sanitizer("ran passed; ran failed; echo ERROR SUMMARY: 3 errors; exit 99")
+    assert rec.found["error"] == "memcheck: 3 errors"
+    assert rows["memcheck"]["errors"] == 3 and not rows["memcheck"]["complete"] and rec.partial
+    rec, rows = sanitizer("echo Device not supported; exit 1")
+    assert {r["state"] for r in rows.values()} == {"the tool refuses: Device not supported"}
+    assert not rec.partial  # nothing that a repetition would change
 
 
 def test_the_card_is_on_record(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -79,6 +80,7 @@ SANITIZED = {
 }
 MODULE, BUILD_INFO = "module", "_build_info.txt"  # of the native module, beside the results
 MODULE_BYTES = 16 << 20
+TOOL_SECONDS = 10.0  # under which no tool is started
 TOOLS = (
     ("memcheck", r"ERROR SUMMARY: (\d+) error"),
     ("racecheck", r"RACECHECK SUMMARY: (\d+) hazard"),
@@ -192,6 +194,11 @@ def doctor(device: Device, record: Record) -> None:
     table("doctor", ("backend", "state"), [*rows, *more])
 
 
+def pytest_environment() -> dict[str, str]:
+    """Ours, without a pytest-xdist worker's variables, by which pytest would believe it is one."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+
+
 def tests(device: Device, record: Record) -> None:
     """pytest; outcomes are counted from a log that survives a time limit."""
     argv = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_log", "--tb=short",
@@ -208,8 +215,7 @@ def tests(device: Device, record: Record) -> None:
     record.set(ran=" ".join(argv[1:]))
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        # a pytest-xdist worker's variables would make this pytest believe that it is one
-        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        env = pytest_environment()
         env["FASTRES_TEST_LOG"] = str(log)
         passed = record.before.get("passed", [])
         log.write_text("".join(json.dumps({"test": t, "outcome": "passed"}) + "\n" for t in passed))
@@ -271,36 +277,65 @@ def sanitizer(device: Device, record: Record) -> None:
         record.note("compute-sanitizer: " + ("a dry run has no GPU" if device.dry else "not found"))
         table("sanitizer", ("tool", "state"), [("compute-sanitizer", "not run")])
         return
-    rows = []
-    only = [f"{file}::{test}" for file, tests in SANITIZED.items() for test in tests]
-    files = [str(ROOT / "tests" / file) for file in SANITIZED]
-    kept = record.keep(lambda row: row["errors"] is not None)
-    rows += [(row["tool"], row["errors"], row["state"]) for row in kept]
+    kept = record.keep(lambda row: row.get("complete", False))
+    rows = [(row["tool"], row["errors"], row["state"]) for row in kept]
     for name, pattern in (t for t in TOOLS if t[0] not in {row["tool"] for row in kept}):
-        if record.time_left() < 10:
+        if record.time_left() < TOOL_SECONDS:
             rows.append((name, None, "no time left"))
             record.unfinished(f"{name}: no time left")
             continue
-        argv = [tool, "--tool", name, "--target-processes", "all", "--error-exitcode", "99",
-                sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_log", "-p",
-                "no:cacheprovider", *files]  # fmt: skip
-        env = {**os.environ, "FASTRES_TEST_ONLY": json.dumps(only),
-               "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # fmt: skip
         limit = record.time_left() / (2 if name == "memcheck" else 1)
-        try:
-            done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True,
-                                  timeout=limit)  # fmt: skip
-            text, code = done.stdout + done.stderr, done.returncode
-        except subprocess.TimeoutExpired as error:
-            text, code = (error.stdout or b"").decode(errors="replace"), None
-        found = re.findall(pattern, text)
-        refused = re.search(r"(Device not supported|Unable to find|not supported)", text)
-        count = sum(map(int, found)) if found else None
-        state = f"exit code {code}" if code is not None else "stopped by its time limit"
-        if refused and count is None:
-            state = f"the tool refuses: {refused.group(1)}"
-        rows.append((name, count, state))
-        record.add(tool=name, errors=count, state=state, tail=text[-3000:])
+        row = record.add(**sanitized(tool, name, pattern, limit))
+        rows.append((name, row["errors"], row["state"]))
+        if not row["complete"] and not row["refused"]:
+            record.unfinished(f"{name}: {row['state']}")
     table("sanitizer", ("tool", "errors", "state"), rows)
     if any(count for _, count, _ in rows):
         raise RuntimeError("; ".join(f"{name}: {count} errors" for name, count, _ in rows if count))
+
+
+def sanitized(tool: str, name: str, pattern: str, seconds: float) -> dict[str, Any]:
+    """One tool's row. complete: every test passed, or skipped itself; errors: None unless the tool
+    counted some or looked at all of them."""
+    only = [f"{file}::{test}" for file, tests in SANITIZED.items() for test in tests]
+    argv = [tool, "--tool", name, "--target-processes", "all", "--error-exitcode", "99",
+            sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.pytest_log", "-p",
+            "no:cacheprovider", *(str(ROOT / "tests" / file) for file in SANITIZED)]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        log, said = Path(folder) / "log", Path(folder) / "said"
+        env = pytest_environment() | {
+            "FASTRES_TEST_ONLY": json.dumps(only), "FASTRES_TEST_LOG": str(log),
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        }  # fmt: skip
+        with said.open("wb") as output:
+            process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=output, stderr=output,
+                                       start_new_session=True)  # fmt: skip
+            try:
+                code: int | None = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:  # the tool's own children, too: one would run on beside the next
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        text = said.read_text(errors="replace")
+        lines = log.read_text().splitlines() if log.exists() else []
+    ran = Counter(json.loads(line)["outcome"] for line in lines)
+    found = re.findall(pattern, text)
+    count = sum(map(int, found)) if found else None
+    complete = (
+        code == 0 and count == 0 and ran["passed"] > 0
+        and ran["passed"] + ran["skipped"] == len(only)
+    )  # fmt: skip
+    refused = re.search(r"(Device not supported|Unable to find|not supported)", text)
+    refused = refused if code is not None and count is None and not ran else None
+    if refused is not None:
+        state = f"the tool refuses: {refused.group(1)}"
+    else:
+        outcomes = ", ".join(f"{ran[k]} {k}" for k in ("passed", "failed", "skipped") if ran[k])
+        how = f"exit code {code}" if code is not None else "stopped by its time limit"
+        state = f"{outcomes or 'no test ran'}, of {len(only)}; {how}"
+    return {
+        "tool": name, "errors": count if complete or count else None, "state": state,
+        "complete": complete, "refused": refused is not None, "tail": text[-3000:],
+    }  # fmt: skip
