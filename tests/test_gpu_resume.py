@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench.gpu import checks, child, record
+from bench.gpu import checks, child, probes, record
 from bench.gpu import main as runbook
 from bench.gpu.stages import CALL_SECONDS, CALLS, MOST, NAMES, STAGES, allowance, of_call
 from bench.gpu.state import open_state
@@ -175,6 +175,36 @@ def test_rows_of_an_unfinished_run_are_taken_over_by_the_same_commit_only(tmp_pa
         )
         third.add(case="w")
         third.save("partial")
+
+
+@pytest.mark.parametrize("how", ["failed", "interrupted", "partial"])
+def test_a_stage_that_ends_before_it_goes_on_leaves_the_earlier_runs_rows(
+    tmp_path, monkeypatch, how
+):
+    """Out of memory while the network is made; Ctrl-C; no frontend of cuDNN this time."""
+
+    def stage(device, rec):
+        if how != "partial":
+            raise {"failed": MemoryError("full"), "interrupted": KeyboardInterrupt()}[how]
+
+    monkeypatch.setattr(record, "environment", lambda dry: {"commit": "c"})
+    monkeypatch.setattr(child.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(probes, "tune", stage)
+    monkeypatch.setattr(checks, "tests", stage)
+    for name, found in (("tune", {"shapes": 2}), ("tests", {"passed": ["a"]})):
+        first = record.Record(tmp_path, name, True, 60.0, "a test")
+        first.set(**found, error="the first")
+        first.note("one")
+        first.add(block="x")
+        first.save("failed")
+        code = child.run(name, str(tmp_path), 60.0, True)
+        assert code == {"failed": 1, "interrupted": 130, "partial": child.PARTIAL}[how]
+        whole = json.loads(first.file.read_text())["stages"][name]
+        assert whole["rows"] == [{"block": "x"}] and found.items() <= whole.items()
+        assert whole["status"] == how and whole["notes"][0] == "one"
+        assert whole.get("error") == ("MemoryError: full" if how == "failed" else None)
+        again = record.Record(tmp_path, name, True, 60.0, "a test")
+        assert again.keep(lambda row: True) == [{"block": "x"}]
 
 
 def test_a_network_that_lacks_a_variant_for_want_of_time_is_measured_again(tmp_path, monkeypatch):

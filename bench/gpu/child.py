@@ -82,6 +82,8 @@ def run(stage: str, out: str, seconds: float, dry: bool) -> int:
         record.set(error=one_line(error))
         record.save("failed")
         return FAILED
+    if record.waiting:
+        record.unfinished("what an earlier run measured is kept; this one did not go on with it")
     record.clocks()
     record.save("partial" if record.partial else "done")
     if record.unsaved is not None:

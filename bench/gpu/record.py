@@ -111,7 +111,7 @@ class Record:
         self.deadline = time.monotonic() + seconds
         self.started = self._saved = time.monotonic()
         self.rows: list[dict[str, Any]] = []
-        self.partial = False
+        self.partial = self._taken = False
         self.unsaved: str | None = None  # why the file lacks the last rows
         before = read_json(self.file).get("stages", {}).get(stage, {})
         self.found: dict[str, Any] = {
@@ -145,7 +145,9 @@ class Record:
 
     def keep(self, whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Takes over those rows of an earlier, unfinished run of the stage, of the same commit and
-        versions on such a card, that need no repeating; they are the first rows."""
+        versions on such a card, that need no repeating; they are the first rows. Until then the
+        file has all that the earlier run had."""
+        self._taken = True
         kept = [row for row in self.before.get("rows", []) if whole(row)]
         if kept:
             env = self.before.get("environment", {})
@@ -157,6 +159,12 @@ class Record:
             ]
             print(f"{self.stage}: {len(kept)} rows are of the run of {date}", flush=True)
         return kept
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an earlier run's results are in the file, and nothing of this run's."""
+        before = self.before.get("rows") or self.before.get("passed")
+        return bool(before) and not self._taken and not self.rows
 
     def unfinished(self, text: str) -> None:
         """A note; --resume goes on with the stage."""
@@ -176,11 +184,17 @@ class Record:
         self.found["seconds"] = round(time.monotonic() - self.started, 2)
         if status is not None:
             self.found["status"] = status
+        found = self.found
+        if self.waiting:
+            notes = [*self.before.get("notes", []), *found["notes"]]
+            found = {k: v for k, v in self.before.items() if k != "error"}
+            found |= {k: v for k, v in self.found.items() if k in ("status", "error")}
+            found["notes"] = list(dict.fromkeys(notes))
         whole = read_json(self.file)
         whole = {
             "schema": SCHEMA,
             "kind": KIND,
-            "stages": {**whole.get("stages", {}), self.stage: self.found},
+            "stages": {**whole.get("stages", {}), self.stage: found},
         }
         if len(json.dumps(self.found, default=str)) > MAX_BYTES:
             for row in self.rows:
