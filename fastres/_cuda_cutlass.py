@@ -20,6 +20,7 @@ from ._layout import is_nhwc
 
 _FPROP, _DGRAD, _WGRAD = range(3)
 _NONE = (None,) * 5  # no residual
+_OPEN = 64  # stands for a batch, height or width that a compiled model leaves open
 
 
 def built() -> str | None:
@@ -56,7 +57,11 @@ def conv_missing(device: torch.device) -> str | None:
 
 def _sizes(x: Tensor, weight: Tensor, geometry: list[int]) -> tuple[int, tuple[int, ...]]:
     """dtype code; N H W C, K R S, P Q, stride, padding, dilation."""
-    n, c, h, w = x.shape
+    return DTYPE.get(x.dtype, 0), _sizes_of(tuple(x.shape), weight, geometry)
+
+
+def _sizes_of(shape: tuple[int, ...], weight: Tensor, geometry: list[int]) -> tuple[int, ...]:
+    n, c, h, w = shape
     k, of_group, r, s = weight.shape
     sh, sw, ph, pw, dh, dw, groups = geometry
     if groups != 1 or of_group != c:  # the launchers have no argument for it: they would read on
@@ -67,22 +72,31 @@ def _sizes(x: Tensor, weight: Tensor, geometry: list[int]) -> tuple[int, tuple[i
         )
     p = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1
     q = (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
-    return DTYPE.get(x.dtype, 0), (n, h, w, c, k, r, s, p, q, sh, sw, ph, pw, dh, dw)
+    return n, h, w, c, k, r, s, p, q, sh, sw, ph, pw, dh, dw
 
 
 @functools.lru_cache(maxsize=1024)
 def _refused(host: bool, dtype: int, sizes: tuple[int, ...]) -> str | None:
-    return _cuda._module().conv_why_not(dtype, sizes) or None
+    return built() or _cuda._module().conv_why_not(dtype, sizes) or None
 
 
 def conv_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
+    """Why the kernels do not take a conv; None when they do.
+
+    A fake implementation asks for the strides of its results, on sizes that may be open: no guard
+    is set on those, and where one is too large is found when the op runs."""
     if not is_nhwc(x):
         return "the input is NCHW; the kernels take channels_last"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(x.dtype).removeprefix('torch.')}: the kernels take bfloat16 and float16"
     if geometry[-1] != 1:
         return f"groups={geometry[-1]}: the kernels take one group"
-    return _refused(_cuda.on_host(), *_sizes(x, weight, geometry))
+    if type(x) is Tensor:
+        return _refused(_cuda.on_host(), *_sizes(x, weight, geometry))
+    n, c, h, w = x.shape
+    n, h, w = (size if isinstance(size, int) else _OPEN for size in (n, h, w))
+    sizes = _sizes_of((n, int(c), h, w), weight, geometry)
+    return _refused(_cuda.on_host(), DTYPE[x.dtype], sizes)
 
 
 def conv_bwd_pointwise_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:

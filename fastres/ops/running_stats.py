@@ -53,7 +53,7 @@ def _update_running_stats(
 
 define(
     "update_running_stats(Tensor(a!)[] running_means, Tensor(b!)[] running_vars, Tensor[] stats, "
-    "float[] momenta, int[] counts) -> ()",
+    "float[] momenta, SymInt[] counts) -> ()",
     _update_running_stats,
     lambda *args: None,
 )

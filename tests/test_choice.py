@@ -1,0 +1,55 @@
+"""Choices that name the `cuda` backend's convolutions, on a native module that notes what it is
+called with: under torch.compile."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from test_cuda_tiles import TALL, blocks, native  # noqa: F401 (a fixture of the tests here)
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastres
+from fastres import _cuda
+
+
+def compiled(fusion: str):
+    """(module, the same compiled for any batch size, what counts compilations). aot_eager: the ops'
+    fake implementations are what matters."""
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend("aot_eager")
+    model = fastres.convert(blocks()[0], fusion=fusion)
+    return model, torch.compile(model, dynamic=True, fullgraph=True, backend=count), count
+
+
+def test_a_compiled_choice_takes_any_batch(native):  # noqa: F811
+    """Sizes are open to the fake implementations, and stay so: the second is not compiled."""
+    fusion = f"c2 vendor conv1.wgrad cuda all conv2.dgrad={TALL}"
+    (model, step, count), x = compiled(fusion), blocks()[1]
+    for batch in (x, torch.cat([x, x, x])):
+        seen, ran = count.frame_count, []
+        for call in (model, step):
+            native.launched.clear()
+            h = batch.detach().requires_grad_()
+            z = call(h)
+            z.float().sum().backward()
+            grads = [h.grad, *(p.grad for p in model.parameters())]
+            model.zero_grad()
+            launches = Counter((name, args[-5]) for name, args in native.launched)
+            ran.append((launches, [(t.shape, t.stride()) for t in (z, *grads)]))
+        assert ran[0] == ran[1] and ran[0][0]["conv_dgrad", 2] == 1
+    assert 0 < seen == count.frame_count
+
+
+def test_a_compiled_choice_that_cannot_be_met_is_an_error(native, monkeypatch):  # noqa: F811
+    """Where the ops run: a model may be exported for a device that is not here."""
+    monkeypatch.setattr(_cuda, "_host", None)
+    monkeypatch.setattr(_cuda, "built", lambda: "fastres._C was built without them: no nvcc")
+    _, step, count = compiled("c2 cuda all")
+    with (
+        torch.no_grad(),
+        pytest.raises(fastres.BackendError, match=r"kernels take CUDA tensors, not cpu"),
+    ):
+        step(blocks()[1])
+    assert count.frame_count and not native.launched
