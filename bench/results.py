@@ -19,6 +19,13 @@ from .session import KIND
 from .session import SCHEMA_VERSION as SUITES_VERSION
 
 OURS = "fastres"
+# tables of this project's own measurements, each told where it decides something
+TABLES = {
+    "fastres-plan-overhead": "fusion.md",
+    "fastres-pointwise": "numerics.md",
+    "fastres-small-blocks": "fusion.md",
+    "fastres-winograd": "numerics.md",
+}
 VENDORS = ("vendor", "passes")  # of the run-book's kernels
 
 
@@ -97,6 +104,11 @@ def load(path: Path) -> Result:
         return _whole(Result("bench", data))
     if "benchmarks" in data and "machine_info" in data:
         raise Unreadable("is of pytest-benchmark, but not of this project's suites")
+    if data.get("kind") in TABLES:
+        made = str(data.get("command", "")).split(" --")[0]
+        raise Unreadable(f"is the table of `{made}`, see {TABLES[data['kind']]}")
+    if "rows" in data and "triton" in data and "kernels" in data:
+        raise Unreadable("counts the bytes of compiled kernels, see roofline.md; nothing is timed")
     if "rows" in data and ("nvcc" in data or "triton" in data):
         page = "cuda" if "nvcc" in data else "triton"
         raise Unreadable(f"is a table of machine code, see {page}.md; nothing is timed")

@@ -380,6 +380,22 @@ def test_tables_of_machine_code_are_named_for_what_they_are():
             results.load(ROOT / "bench" / "results" / file)
 
 
+def test_every_committed_file_is_rendered_or_named_for_what_it_is():
+    text, _ = report.render(ROOT / "bench" / "results")
+    omitted = text.partition(report.OMITTED)[2]
+    assert "schema that is not known" not in omitted
+    for file, page in (
+        ("cpu-winograd.json`: is the table of `python -m bench.winograd`", "numerics.md"),
+        ("cpu-plan-overhead.json`: is the table of `python -m bench.plan_overhead`", "fusion.md"),
+        ("triton-3.8.0-sm_90.json`: counts the bytes of compiled kernels", "roofline.md"),
+    ):
+        assert f"{file}, see {page}" in omitted
+        assert (ROOT / "docs" / page).is_file()
+    for kind, page in results.TABLES.items():
+        name = f"cpu-{kind.removeprefix('fastres-')}.json"
+        assert name in (ROOT / "docs" / page).read_text()
+
+
 def test_committed_page_is_what_the_committed_results_render():
     """Up to the files that are not rendered, which others add to."""
     page = (ROOT / "docs" / "benchmarks.md").read_text()

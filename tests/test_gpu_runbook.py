@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -274,8 +275,12 @@ def test_a_wrong_result_is_named_and_not_ok():
     want = torch.randn(8, 8)
     assert judge({"y": (want.clone(), want)})["ok"]
     for bad in (want * 1.1, torch.full_like(want, float("nan"))):
-        verdict = judge({"y": (bad, want)})
-        assert not verdict["ok"] and verdict["error"].startswith("wrong: y: rms error")
+        rms = 0.1 if bad.isfinite().all() else float("nan")
+        right = {"x": (want, want), "z": (want, want)}
+        for pairs in ({"y": (bad, want), **right}, {**right, "y": (bad, want)}):
+            verdict = judge(pairs)
+            assert not verdict["ok"] and verdict["error"].startswith("wrong: y: rms error")
+            assert verdict["errors"]["rms"] == pytest.approx(rms, rel=1e-3, nan_ok=True)
 
 
 def conv_row(op: str, c2: int, **us: float) -> dict:
@@ -392,12 +397,42 @@ def test_a_job_that_crashes_costs_itself_only(monkeypatch):
     assert cut == "not checked: no time left after 0 s"  # not the job's own doing
 
 
+def worker(monkeypatch, code: str):
+    """A worker of the pool that runs `code`."""
+    from bench.gpu import pool
+
+    def start(self, stage, dry):
+        argv = [sys.executable, "-S", "-c", code]
+        self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.buffer = b""
+
+    monkeypatch.setattr(pool._Worker, "__init__", start)
+    return pool, pool._Worker("kernels", True)
+
+
+def test_half_an_answer_at_the_deadline_is_none(monkeypatch):
+    """And its worker, which lives, is not waited for."""
+    code = "import sys, time; input(); print('{', end='', flush=True); time.sleep(20)"
+    pool, asked = worker(monkeypatch, code)
+    clock = iter([0.0, 0.0, 0.0])  # the deadline passes after the first part
+    fake = SimpleNamespace(monotonic=lambda: next(clock, 100.0))
+    monkeypatch.setattr(pool, "time", fake)
+    assert asked.ask("a", 10.0) == {"ok": False, "error": "no answer within 10 s"}
+    assert not asked.alive
+
+
+def test_a_worker_that_closes_its_answers_is_stopped(monkeypatch):
+    code = "import os, time; input(); os.close(1); time.sleep(20)"
+    pool, asked = worker(monkeypatch, code)
+    monkeypatch.setattr(pool, "CLOSE_SECONDS", 0.2)
+    answer = asked.ask("a", 10.0)
+    assert answer["error"] == "its process lives, but answers no more: killed" and not asked.alive
+
+
 @pytest.fixture
 def probing(tmp_path, monkeypatch):
     """A stage's record whose time is up when the test says so, and what the probes need of a
     device."""
-    from types import SimpleNamespace
-
     from bench.gpu import probes
     from fastres import plan
 
@@ -419,8 +454,6 @@ def probing(tmp_path, monkeypatch):
 
 
 def test_what_cudnn_was_not_asked_is_not_unsupported(probing, monkeypatch):
-    from types import SimpleNamespace
-
     import torch
 
     probes, dev, make = probing

@@ -140,7 +140,9 @@ def _why_not(cwd: Path) -> str | None:
 def _sources() -> list[Path]:
     """What the native module is built from."""
     files = [ROOT / "CMakeLists.txt", ROOT / "setup.py"]
-    return [*files, *sorted(p for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+    made = "__pycache__"  # by csrc's own tests
+    there = (p for p in (ROOT / "csrc").rglob("*") if p.is_file() and made not in p.parts)
+    return [*files, *sorted(there)]
 
 
 def _digest(*files: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -200,7 +201,9 @@ def judge(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
         for kind, value in found.items():
             if not value <= limits[kind]:  # NaN, too
                 wrong.append(f"{name}: {kind} error {value:.2g} > {limits[kind]:g}")
-            worst[kind] = max(worst.get(kind, 0.0), value)
+            so_far = worst.setdefault(kind, 0.0)
+            if not (math.isnan(so_far) or value <= so_far):  # max() would lose a NaN
+                worst[kind] = value
     verdict: dict[str, Any] = {"ok": not wrong, "errors": worst}
     return verdict if not wrong else verdict | {"error": "wrong: " + "; ".join(wrong)}
 

@@ -19,9 +19,11 @@ from bench.gpu.stages import (
     CALL_SECONDS,
     CALLS,
     DRY_LIMIT,
+    LENT_SECONDS,
     NAMES,
     SOFT,
     STAGES,
+    START_SECONDS,
     Stage,
     allowance,
     of_call,
@@ -150,6 +152,13 @@ def print_plan() -> None:
         again = "" if call == CALLS[0] else " --resume"
         print(f"call {call} (at most {CALL_SECONDS} s): {what}")
         print(f"    python -m bench.gpu --call {call}{again}")
+    n, whole = len(CALLS), len(CALLS) * (CALL_SECONDS + START_SECONDS)
+    print(
+        f"\n{n} calls and {n} starts of a machine ({START_SECONDS} s each) are {whole:,} s of the "
+        f"{LENT_SECONDS:,} that it\nis lent for. Where a start took longer, give the last call "
+        "what is left by --budget; where the\nmachine stayed warm, a call may have up to 560. No call "
+        "has time for a second build: one takes\nup to 130 s from its last stages."
+    )
     print(
         "\nA stage that ends early leaves its time to those after it, at last to those that an\n"
         "earlier call did not finish. Where the machine is bare at each call, bring the folder\n"
@@ -176,7 +185,9 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(options.out)
         state = open_state(out, options.resume, options.dry_run)
         if options.call is not None:
-            left = {n for n, s in state["stages"].items() if s["status"] != "done"}
+            # a call that was killed never heard of its last stages
+            done = {n for n, s in state["stages"].items() if s["status"] == "done"}
+            left = set(NAMES) - done if options.resume else set()
             stages = of_call(options.call, left)
     except UsageError as error:
         say(str(error))

@@ -373,6 +373,7 @@ def measure(
             why = answer.get("error")
             rows.append(record.add(**whose, variant=v.name, status="not measured", error=why))
             continue
+        name = v.name
         try:
             net = Net(device, config, v)
             nets.append(net)
@@ -381,12 +382,13 @@ def measure(
             first = value if first is None else first
             if not abs(value - first) <= LOSS_LIMIT * abs(first) + (0.2 if device.dry else 0.0):
                 raise ValueError(f"wrong: it gives {value:.4g}, eager {first:.4g}")
-            shots[v.name] = device.timer.shot([net.eager], seconds, graph=False)
+            shots[name] = device.timer.shot([net.eager], seconds, graph=False)
             if v.graphed:
-                shots[v.graph] = device.timer.shot([net.graphed(pool)], seconds, graph=False)
+                name = v.graph  # what fails from here is the graph: the plain one is timed
+                shots[name] = device.timer.shot([net.graphed(pool)], seconds, graph=False)
         except Exception as error:
             why = one_line(error)
-            rows.append(record.add(**whose, variant=v.name, status="failed", error=why))
+            rows.append(record.add(**whose, variant=name, status="failed", error=why))
             if device.broken() is not None:
                 raise
     times = take_turns(shots, 1 if device.dry else ROUNDS, record.time_left)
@@ -453,7 +455,7 @@ def memory(device: Device, record: Record) -> None:
 
     batch = 2 if device.dry else 256
     lines = []
-    kept = record.keep(lambda row: "error" not in row)
+    kept = record.keep(lambda row: row.get("saved_x") is not None)
     for model in ("resnet50",) if device.dry else ("resnet50", "resnet18"):
         before = {row["variant"]: row for row in kept if row["model"] == model}
         eager: dict[str, float] = before.get(EAGER.name, {})
@@ -483,9 +485,10 @@ def memory(device: Device, record: Record) -> None:
                     raise
                 continue
             device.empty()
-            eager = eager or row
-            for key in ("saved", "peak"):
-                row[f"{key}_x"] = row[key] / eager[key] if eager[key] else None
+            if v is EAGER:
+                eager = row
+            for key in ("saved", "peak"):  # without eager there is no "x eager"
+                row[f"{key}_x"] = row[key] / eager[key] if eager.get(key) else None
             record.add(**row)
             mb = [row[k] / batch / 1e6 for k in ("saved", "peak")]
             lines.append((model, v.name, mb[0], row["saved_x"], mb[1], row["peak_x"]))

@@ -33,7 +33,8 @@ class _Worker:
             self.process.stdin.write((json.dumps(name) + "\n").encode())
             self.process.stdin.flush()
             while b"\n" not in self.buffer:
-                ready, _, _ = select.select([self.process.stdout], [], [], end - time.monotonic())
+                left = max(0.0, end - time.monotonic())
+                ready, _, _ = select.select([self.process.stdout], [], [], left)
                 if not ready or time.monotonic() > end:
                     self.stop()
                     return {"ok": False, "error": f"{SILENT} {seconds:.0f} s"}
@@ -47,7 +48,11 @@ class _Worker:
         return json.loads(line)
 
     def death(self) -> str:
-        code = self.process.wait()
+        try:
+            code = self.process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return "its process lives, but answers no more: killed"
         why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"its process died: {why}"
 
