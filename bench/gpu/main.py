@@ -156,8 +156,8 @@ def print_plan() -> None:
     print(
         f"\n{n} calls and {n} starts of a machine ({START_SECONDS} s each) are {whole:,} s of the "
         f"{LENT_SECONDS:,} that it\nis lent for. Where a start took longer, give the last call "
-        "what is left by --budget; where the\nmachine stayed warm, a call may have up to 560. No call "
-        "has time for a second build: one takes\nup to 130 s from its last stages."
+        "what is left by --budget; where the\nmachine stayed warm, a call may have up to 560. No "
+        "call has time for a second build: one takes\nup to 130 s from its last stages."
     )
     print(
         "\nA stage that ends early leaves its time to those after it, at last to those that an\n"
