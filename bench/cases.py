@@ -30,7 +30,7 @@ TINY_BATCH = 2
 class Case:
     """suite, family: what --family takes; name: kernel, op, block or model; shape: (C, H, W), a
     convolution of batch 1, or None; mode: "kernel", "inference", "forward" or "train"; compile:
-    torch.compile is one of the baselines; default: part of the thin set."""
+    torch.compile is a baseline without --compile; default: part of the thin set."""
 
     suite: str
     family: str
@@ -126,7 +126,7 @@ def op_cases(device: str) -> Iterator[Case]:
                 and (chw == (512, 28, 28)) == (not ("conv" in name or "residual" in name))
                 and (mode == "train" or (mode == "inference" and dtype == _dtypes(device)[1]))
             )
-            yield Case("op", name, name, chw, dtype, mode, n, default=default, compile=True)
+            yield Case("op", name, name, chw, dtype, mode, n, default=default)
 
 
 def block_cases(device: str) -> Iterator[Case]:

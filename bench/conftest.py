@@ -25,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastres")
     group.addoption("--full", action="store_true", help="every case, not the thin default set")
     group.addoption(
+        "--compile",
+        action="store_true",
+        help="torch.compile beside every op, block and network: each is compiled, minutes for a "
+        "deep network",
+    )
+    group.addoption(
         "--tiny",
         action="store_true",
         help="tiny shapes and two rounds: shows that everything works, the times mean nothing",
@@ -68,6 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _check_json_path(config)
     tiny = config.getoption("--tiny")
     made = Session(found, config.getoption("--full"), tiny, _backend(config, found), only=only)
+    made.compile = config.getoption("--compile")
     made.case_seconds = 0.0 if tiny else seconds
     config.stash[KEY] = made
     timing.CLOCK.cuda = found == "cuda"

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cases import Case
+from .session import Session
 from .timing import Variant, is_out_of_memory
 
 
@@ -40,6 +42,15 @@ def attempt(name: str, make: Callable[[], Callable[[], Any]]) -> Variant:
 
 
 COMPILED = {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def not_compiled(session: Session, case: Case, what: str) -> str | None:
+    """Why torch.compile is not among a case's baselines; None when it is."""
+    if session.tiny:
+        return "not on tiny shapes"
+    if case.compile or session.compile or session.full:
+        return None
+    return f"of this {what} with --compile or --full only"
 
 
 def compiles(

@@ -44,13 +44,15 @@ class WrongResult(AssertionError):
 
 @dataclass
 class Session:
-    """One run. seconds: of timing a case; tiny: shapes that only show that the code works."""
+    """One run. seconds: of timing a case; tiny: shapes that only show that the code works;
+    compile: torch.compile beside every case that has one."""
 
     device: str = "cpu"
     full: bool = False
     tiny: bool = False
     backend: str = "cpu"
     only: Sequence[str] = ()
+    compile: bool = False
     case_seconds: float | None = None
     machine: Machine = field(default_factory=Machine)
     measured_at: dict[str, float] = field(default_factory=dict)
@@ -202,6 +204,7 @@ def header(session: Session, argv: Sequence[str]) -> dict[str, Any]:
         "machine": {"bandwidth": session.machine.bandwidth, "rate": session.machine.rate},
         "options": {
             "full": session.full,
+            "compile": session.compile,
             "tiny": session.tiny,
             "case_seconds": session.case_seconds,
             "backend": session.backend,

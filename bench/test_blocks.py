@@ -133,5 +133,5 @@ def _compiled(
         step(sets[0])
         return in_turn(step, sets)
 
-    left = session.tiny or not (case.compile or session.full)
-    return peers.compiles(session.full, "of this block with --full only" if left else None, build)
+    left = peers.not_compiled(session, case, "block")
+    return peers.compiles(session.full, left, build)

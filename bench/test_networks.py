@@ -145,8 +145,8 @@ def _compiled(
         step()
         return step
 
-    left = session.tiny or not (case.compile or session.full)
-    return peers.compiles(session.full, "of this network with --full only" if left else None, build)
+    left = peers.not_compiled(session, case, "network")
+    return peers.compiles(session.full, left, build)
 
 
 def _peers(case: Case, plain: nn.Module, x: Tensor, session: Session) -> list[Variant]:

@@ -152,7 +152,7 @@ def _compiled(case: Case, plain: nn.Module, sets: list[Tensor], session: Session
         return in_turn(step, sets)
 
     # an op is one conv at most, which max-autotune leaves alone in training
-    return peers.compiles(False, None if session.full else "of ops with --full only", build)
+    return peers.compiles(False, peers.not_compiled(session, case, "op"), build)
 
 
 def _cudnn(plain: Any, x: Tensor) -> Variant:
