@@ -136,6 +136,11 @@ void winograd_wgrad(Ptr dw, Ptr dy, Ptr x, int dtype, I64 n, I64 h, I64 w, I64 c
                             h + 2 * padding - 2, w + 2 * padding - 2, threads});
 }
 
+I64 winograd_wgrad_jobs(I64 n, I64 h, I64 w, I64 c, I64 k, I64 padding, I64 threads) {
+  return kernels().winograd_wgrad_jobs({nullptr, nullptr, nullptr, 0, n, h, w, c, k, padding,
+                                        h + 2 * padding - 2, w + 2 * padding - 2, threads});
+}
+
 // The yardstick of the benchmark suites (bench/): memcpy on the same threads, in chunks of 256 KiB.
 void copy(Ptr dst, Ptr src, I64 bytes) {
   constexpr I64 kChunk = 256 << 10;
@@ -199,6 +204,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd_weights", &winograd_weights, NoGil());
   m.def("winograd_fprop", &winograd_fprop, NoGil());
   m.def("winograd_wgrad", &winograd_wgrad, NoGil());
+  m.def("winograd_wgrad_jobs", &winograd_wgrad_jobs);
   m.def("update_running_stats", &update_running_stats);
   m.def("copy", &copy, NoGil(), "Parallel memcpy(dst, src, bytes): the bandwidth yardstick.");
 

@@ -50,7 +50,7 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
         return f"padding {tuple(geometry[2:4])} is not taken"
     n, c, h, w = shape
     oh, ow = h + 2 * geometry[2] - 2, w + 2 * geometry[3] - 2
-    if oh < 1 or ow < 1:
+    if n < 1 or oh < 1 or ow < 1:
         return "no output"
     tiles = n * -(-oh // TILE) * -(-ow // TILE)
     # Measured on 2 Zen 4 cores against oneDNN (bench/results/cpu-winograd.json):
@@ -70,7 +70,16 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
         max(c, k) > few or (c * k > 64 * 64 and tiles < many) or matrix_unit()
     ):
         return "bf16 multiplies faster directly"
-    return switched_off() or _native.why_missing()
+    if reason := switched_off() or _native.why_missing():
+        return reason
+    # 4. wgrad is cut by the shape alone where channels are few, so that its sums do not depend on
+    #    the threads; not measured, as 2 threads never want for jobs
+    threads = torch.get_num_threads()
+    if what == "wgrad" and threads > 2:
+        jobs = _native.module().winograd_wgrad_jobs(*map(int, (n, h, w, c, k, geometry[2], threads)))
+        if 2 * jobs < threads:
+            return f"{jobs} jobs for {threads} threads"
+    return None
 
 
 def switched_off() -> str | None:
@@ -78,7 +87,7 @@ def switched_off() -> str | None:
 
 
 @functools.lru_cache(1024)
-def _runs(what, shape, dtype, k, geometry, taps) -> bool:
+def _runs(what, shape, dtype, k, geometry, taps, threads) -> bool:
     return why_not(what, shape, dtype, k, geometry, taps) is None
 
 
@@ -87,7 +96,9 @@ def runs(
     taps: tuple[int, ...],
 ) -> bool:  # fmt: skip
     """Whether why_not(...) is None, remembered: every conv of a step asks."""
-    return switched_off() is None and _runs(what, shape, dtype, k, geometry, taps)
+    return switched_off() is None and _runs(
+        what, shape, dtype, k, geometry, taps, torch.get_num_threads()
+    )
 
 
 @functools.cache

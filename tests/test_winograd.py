@@ -190,6 +190,33 @@ def test_winograd_says_why_not(what, change, reason):
     assert (got is None) if reason is None else (got is not None and reason in got), got
 
 
+@pytest.mark.parametrize(
+    "shape, k, threads, reason",
+    [
+        ((8, 64, 56, 56), 64, 16, None),  # 7 parts of 2 panels
+        ((8, 64, 56, 56), 64, 32, "14 jobs for 32 threads"),
+        ((1, 32, 36, 36), 32, 4, "1 jobs for 4 threads"),  # 81 tiles are one part
+        ((8, 64, 56, 56), 128, 32, None),  # more channels are cut for the threads
+    ],
+)
+def test_winograd_wgrad_with_too_few_jobs_is_left(monkeypatch, shape, k, threads, reason):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    args = shape, torch.float32, k, GEOMETRY, (3, 3)
+    assert wino.why_not("wgrad", *args) == reason
+    assert wino.runs("wgrad", *args[:2], k, tuple(GEOMETRY), (3, 3)) is (reason is None)
+
+
+def test_winograd_without_images():
+    """Nothing to divide by: y is empty, dw is zero."""
+    assert wino.why_not("inference", (0, 16, 8, 8), torch.float32, 16, GEOMETRY, (3, 3))
+    x = torch.empty(0, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(16, 16, 3, 3)
+    assert wino.fprop(x, w, 1).shape == (0, 16, 8, 8)
+    assert wino.wgrad(x, x, 1).eq(0).all()
+    wide = torch.empty(0, 128, 8, 8).contiguous(memory_format=torch.channels_last)
+    assert wino.wgrad(wide, wide, 1).eq(0).all()
+
+
 def test_winograd_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("FASTRES_WINOGRAD", "0")
     assert "FASTRES_WINOGRAD" in wino.why_not(

@@ -146,7 +146,8 @@ struct WinogradWgrad {
   void bn_relu_maxpool_bwd_apply(const BnReluMaxpoolBwd&);  \
   void winograd_weights(float* u, const WinogradWeights&);  \
   void winograd_fprop(const WinogradFprop&);                \
-  void winograd_wgrad(const WinogradWgrad&);
+  void winograd_wgrad(const WinogradWgrad&);                \
+  int64_t winograd_wgrad_jobs(const WinogradWgrad&);
 
 namespace portable {
 FASTRES_DECLARE_KERNELS
@@ -172,6 +173,7 @@ struct Kernels {
   void (*winograd_weights)(float* u, const WinogradWeights&);
   void (*winograd_fprop)(const WinogradFprop&);
   void (*winograd_wgrad)(const WinogradWgrad&);
+  int64_t (*winograd_wgrad_jobs)(const WinogradWgrad&);
 };
 
 }  // namespace fastres

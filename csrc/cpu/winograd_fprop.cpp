@@ -278,6 +278,7 @@ void convolve_by_panels(const WinogradFprop& p, const TileGrid& g) {
 template <class T>
 void convolve(const WinogradFprop& p) {
   const TileGrid g(p.n, p.oh, p.ow);
+  if (g.count == 0) return;
   const int64_t bytes = panel_floats(p.c) * ceil_div(p.k, kCols) * 4;
   if (bytes <= kHotWeights && g.count >= 2 * kRowGroup * p.threads) {
     convolve_by_tiles<T>(p, g);

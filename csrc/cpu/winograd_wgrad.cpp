@@ -4,6 +4,8 @@
 // stay in L3. Few channels: those of a block stay in L2, and x is read once a panel of dy.
 // Accumulation: fp32 over the tiles of a chunk (a block), then over the chunks (the blocks of a
 // part, then the parts), in order, whatever the number of threads.
+#include <algorithm>
+
 #include "winograd.h"
 
 namespace fastres {
@@ -141,13 +143,15 @@ void add_block(float* m, const WinogradWgrad& p, const TileGrid& g, const Block&
   }
 }
 
+// How many parts the tiles are cut into, each with `sums` floats.
+int64_t parts_of(int64_t tiles, int64_t sums) {
+  return max64(1, min64(min64(kParts, tiles / kPartTiles), kWorkspace / (sums * 4)));
+}
+
 template <class T>
-void accumulate_few(const WinogradWgrad& p) {
-  const TileGrid g(p.n, p.oh, p.ow);
+void accumulate_few(const WinogradWgrad& p, const TileGrid& g) {
   const int64_t groups = ceil_div(p.c, kGroup), panels = ceil_div(p.k, kCols);
-  const int64_t sums = groups * panels * kProducts;
-  const int64_t parts =
-      max64(1, min64(min64(kParts, g.count / kPartTiles), kWorkspace / (sums * 4)));
+  const int64_t sums = groups * panels * kProducts, parts = parts_of(g.count, sums);
   const int64_t size = ceil_div(g.count, parts);
   const int64_t rows = groups * kGroup;
   const int64_t fit = kBlock / (kPoints * 4 * (rows + min64(kCols, p.k)));
@@ -185,8 +189,12 @@ void accumulate_few(const WinogradWgrad& p) {
 
 template <class T>
 void accumulate(const WinogradWgrad& p) {
-  if (p.c * p.k <= kFewSums) return accumulate_few<T>(p);
   const TileGrid g(p.n, p.oh, p.ow);
+  if (g.count == 0) {
+    std::fill(p.dw, p.dw + p.k * 9 * p.c, 0.0f);
+    return;
+  }
+  if (p.c * p.k <= kFewSums) return accumulate_few<T>(p, g);
   const int64_t chunks = ceil_div(g.count, tiles_a_chunk(p.c + p.k));
   const int64_t size = ceil_div(g.count, chunks);
   const Cut cut(p.c, p.k, p.threads);
@@ -232,6 +240,12 @@ void accumulate(const WinogradWgrad& p) {
 }
 
 }  // namespace
+
+int64_t winograd_wgrad_jobs(const WinogradWgrad& p) {
+  if (p.c * p.k > kFewSums) return Cut(p.c, p.k, p.threads).jobs;
+  const int64_t panels = ceil_div(p.k, kCols), sums = ceil_div(p.c, kGroup) * panels * kProducts;
+  return panels * parts_of(TileGrid(p.n, p.oh, p.ow).count, sums);
+}
 
 void winograd_wgrad(const WinogradWgrad& p) {
   if (p.dtype == kF32) {
