@@ -76,7 +76,8 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
     #    the threads; not measured, as 2 threads never want for jobs
     threads = torch.get_num_threads()
     if what == "wgrad" and threads > 2:
-        jobs = _native.module().winograd_wgrad_jobs(*map(int, (n, h, w, c, k, geometry[2], threads)))
+        sizes = map(int, (n, h, w, c, k, geometry[2], threads))
+        jobs = _native.module().winograd_wgrad_jobs(*sizes)
         if 2 * jobs < threads:
             return f"{jobs} jobs for {threads} threads"
     return None
