@@ -30,6 +30,7 @@ ROUNDS = 9
 CHECKED = 8  # images compared with float64
 CHECK_SECONDS, CHECK_SHARE = 180.0, 0.55  # of one check; of the stage's time, for all of them
 MAX_SHARE = 0.7  # of the stage's time, for max-autotune to choose its kernels
+MEMORY_BATCH = 256
 LOSS_LIMIT = 0.03  # first loss, against eager's: a wrong variant is off by far more
 
 
@@ -453,7 +454,7 @@ def memory(device: Device, record: Record) -> None:
     """Bytes that a forward saves for its backward, and the peak of a step."""
     from fastres.bench.saved import saved_bytes
 
-    batch = 2 if device.dry else 256
+    batch = 2 if device.dry else MEMORY_BATCH
     lines = []
     kept = record.keep(lambda row: row.get("saved_x") is not None)
     for model in ("resnet50",) if device.dry else ("resnet50", "resnet18"):
