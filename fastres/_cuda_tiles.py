@@ -6,6 +6,8 @@ blocks."""
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
@@ -40,7 +42,11 @@ def _native():
 
 def tiles(op: str, family: str) -> list[Tile]:
     """This build's tiles of "fprop", "fprop_act", "dgrad" or "wgrad", in the launchers' order."""
-    native = _native()
+    return _tiles(_native(), op, family)
+
+
+@functools.lru_cache(maxsize=64)  # every pass on a tile asks: a build's lists do not change
+def _tiles(native: ModuleType, op: str, family: str) -> list[Tile]:
     if family == "pointwise":
         return [Tile(*t) for t in native.pointwise_tiles(OPS.index(op))]
     return [Tile(*t) for t in native.conv_tiles(_CUTLASS_PASS[op])]
@@ -59,18 +65,26 @@ def unknown(op: str, name: str) -> str | None:
 def place(op: str, name: str, pointwise: bool) -> tuple[str, int]:
     """(kernels, place of the tile in their list); place 0: by shape. pointwise: those kernels take
     the call. A tile that does not take it is counted, and another chosen by shape."""
-    family = name.partition("-")[0] or ("pointwise" if pointwise else "cutlass")
     if not name:
-        return family, 0
+        return "pointwise" if pointwise else "cutlass", 0
+    family, number, said = _place(_native(), op, name, pointwise)
+    if said is not None:
+        counters.count(said)
+    return family, number
+
+
+@functools.lru_cache(maxsize=256)
+def _place(native: ModuleType, op: str, name: str, pointwise: bool) -> tuple[str, int, str | None]:
+    """place() on a tile by name, and what is counted."""
+    family = name.partition("-")[0]
     names = [tile.name for tile in tiles(op, family)]
     if family == "pointwise" and not pointwise:
         family, names = "cutlass", []
     elif name not in names and (op != "fprop_act" or unknown("fprop", name)):
         raise ValueError(f"fastres cuda: {unknown(op, name)}")
     if name not in names:  # the tensors' alignment, or inference on a tile of training
-        counters.count(f"cuda convolution: {name} does not take a conv_{op}; by shape instead")
-        return family, 0
-    return family, names.index(name) + 1
+        return family, 0, f"cuda convolution: {name} does not take a conv_{op}; by shape instead"
+    return family, names.index(name) + 1, None
 
 
 def configs(op: str, x: Tensor, weight: Tensor, geometry: list[int]) -> list[Config]:

@@ -3,6 +3,7 @@ passes of the convs, as `fastres.tune` measures it and a plan keeps it."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class Choice(NamedTuple):
         return {*self.vendor, *(name for name, _ in self.cuda if name != ALL)}
 
 
+@functools.lru_cache(maxsize=1024)  # every pass of every conv asks
 def parse(fusion: str) -> Choice:
     """What a fusion's name stands for: a rung; or a rung above b, the word "vendor" and some
     passes, conv1 being a block's first conv, shortcut its projection, and stem the conv of a

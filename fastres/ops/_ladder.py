@@ -18,13 +18,15 @@ last block, and its output, take their own pass."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastres import backends
+from fastres import _cuda, backends
 from fastres._contract import Normalise
 from fastres._contract import Shortcut as ShortcutArgument
 from fastres._layout import is_dense, is_nhwc
@@ -101,11 +103,14 @@ def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
 def cuda_reason(choice: Choice, x: Tensor) -> str | None:
     """Why the passes that a choice gives to the cuda backend's convs cannot run there; None when
     they can, or there are none."""
-    if not choice.cuda:
-        return None
-    from fastres import _cuda
+    return _cuda_reason(choice, x.device, x.dtype, _cuda._host) if choice.cuda else None
 
-    reason = backends.supports("cuda", x.device, x.dtype) or _cuda.conv_missing(x.device)
+
+@functools.lru_cache(maxsize=1024)  # asked three times a call; nothing of it changes in a process
+def _cuda_reason(
+    choice: Choice, device: torch.device, dtype: torch.dtype, host: ModuleType | None
+) -> str | None:
+    reason = backends.supports("cuda", device, dtype) or _cuda.conv_missing(device)
     return reason or unbuilt(choice)
 
 
@@ -123,12 +128,15 @@ class Stage(NamedTuple):
     def of_unit(self, i: int) -> list[int]:
         return self.geometry[GEOMETRY * i : GEOMETRY * (i + 1)]
 
-    def names(self) -> list[str]:
-        """What `parse` calls each unit in its block."""
-        out: list[str] = []
+    def name(self, i: int, which: str) -> str:
+        """What `parse` calls a pass of unit i."""
         for main, projection in zip(self.main, self.projection, strict=True):
-            out += [f"conv{i + 1}" for i in range(main)] + ["shortcut"] * projection
-        return out
+            if i < main:
+                return f"conv{i + 1}.{which}"
+            i -= main + projection
+            if i < 0:
+                break
+        return f"shortcut.{which}"
 
     def first_units(self) -> list[int]:
         """The number of each block's first unit."""
@@ -145,7 +153,7 @@ def fuses(backend: Any, stage: Stage, x: Tensor, weight: Tensor, i: int, which: 
     if not choice.rung.conv:
         return False
     if choice.vendor or choice.cuda:
-        name = f"{stage.names()[i]}.{which}"
+        name = stage.name(i, which)
         if name in choice.vendor:
             return False
         backend = convs_named(backend, choice, name)
@@ -155,17 +163,16 @@ def fuses(backend: Any, stage: Stage, x: Tensor, weight: Tensor, i: int, which: 
 def convs_of(backend: Any, stage: Stage, i: int, which: str) -> Any:
     """Whose fused convs run a pass of unit i: the backend's, or the cuda backend's on a tile."""
     choice = parse(stage.fusion)
-    return convs_named(backend, choice, f"{stage.names()[i]}.{which}") if choice.cuda else backend
+    return convs_named(backend, choice, stage.name(i, which)) if choice.cuda else backend
 
 
 def convs_named(backend: Any, choice: Choice, name: str) -> Any:
     """The same for a pass by its name."""
     tile = choice.tile(name)
-    if tile is None:
-        return backend
-    from fastres import _cuda
+    return backend if tile is None else _cuda_convs(tile)
 
-    return _cuda.Convs(tile)
+
+_cuda_convs = functools.cache(_cuda.Convs)
 
 
 def vendor_reason(backend: Any, x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
