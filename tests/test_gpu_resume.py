@@ -376,6 +376,20 @@ def test_tests_that_passed_before_are_not_run_again(tmp_path, monkeypatch):
     assert [i.nodeid for i in items] == ["tests/a.py::y"]
 
 
+def test_a_file_that_skips_itself_skips_its_tests(tmp_path, monkeypatch):
+    """On a card that its kernels are not for, say."""
+    from bench.gpu import pytest_log
+
+    monkeypatch.setenv("FASTRES_TEST_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("FASTRES_TEST_ONLY", json.dumps(["test_a.py::x", "test_a.py::y", "b.py::x"]))
+    for skipped, file in ((True, "test_a.py"), (False, "b.py")):
+        pytest_log.pytest_collectreport(SimpleNamespace(skipped=skipped, nodeid=f"tests/{file}"))
+    found = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(f["test"], f["outcome"]) for f in found] == [
+        ("test_a.py::x", "skipped"), ("test_a.py::y", "skipped")
+    ]  # fmt: skip
+
+
 def test_a_bare_machine_takes_the_module_that_was_brought_back(tmp_path, monkeypatch):
     root, out = tmp_path / "root", tmp_path / "out"
     for file in ("csrc/a.cu", "CMakeLists.txt", "setup.py"):
