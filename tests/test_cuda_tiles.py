@@ -33,7 +33,8 @@ TILES = {
 }
 # more than 128 channels on either side, and several tiles of pixels
 LAYER = Layer(2, 136, 13, 11, 264, 1, 1, 1, 0, 1)
-SMALL = Layer(2, 72, 13, 11, 40, 1, 1, 1, 0, 1)  # the CUTLASS stand-in multiplies by plain loops
+# the CUTLASS stand-in multiplies by plain loops; a launch has other blocks on each tile
+SMALL, SMALL_DGRAD = (Layer(2, c, 13, 11, k, 1, 1, 1, 0, 1) for c, k in ((72, 40), (40, 72)))
 
 
 def case(op: str, layer: Layer, dtype):
@@ -59,12 +60,43 @@ def cuda(gpu):
     return cuda_convs()
 
 
+def blocks_of(op: str, place: int, tile: str, layer: Layer) -> int:
+    """Blocks of an op's product on the tile at a place of its list."""
+    native = _cuda._module()
+    m, n = (int(v) for v in tile.split("-")[1].split("x"))
+    pixels, c, k = layer.n * layer.h * layer.w, layer.c, layer.k
+    if tile in POINT:  # columns of tiles, times the chunks that the workspace is for
+        if op == "dgrad":
+            return -(-c // n) * native.pointwise_dgrad_floats(pixels, c, k, 3, place) // (3 * c)
+        if op == "wgrad":
+            tiles = -(-k // m) * -(-c // n)
+            return tiles * native.pointwise_wgrad_floats(pixels, c, k, place) // (k * c)
+        return -(-k // n) * native.pointwise_fprop_floats(pixels, c, k, place) // (2 * k)
+    rows, columns, depth = {"dgrad": (pixels, c, k), "wgrad": (k, c, pixels)}.get(
+        op, (pixels, k, c)
+    )
+    which = _cuda_tiles._CUTLASS_PASS[op]
+    found = native.conv_schedule(which, rows, columns, 1, depth, place)
+    assert found["tile"] == (m, n, 2 if tile == PAIR else 1)
+    return found["workers"] * found["columns"] * found["splits"]
+
+
 @pytest.mark.parametrize("op, tile", [(op, t) for op, names in TILES.items() for t in names])
 def test_every_tile_matches_the_reference(cuda, op, tile):
-    """On the kernels that its name says, with a workspace of its own size."""
-    layer = LAYER if tile in POINT else SMALL
+    """On the kernels that its name says, with a workspace of its own size, and on the host shim,
+    which keeps them, in the blocks that this tile cuts and no other."""
+    layer = LAYER if tile in POINT else SMALL_DGRAD if op == "dgrad" else SMALL
     outputs, call, inputs = case(op, layer, torch.bfloat16)
+    counters.reset()
     check(_cuda.Convs(tile), torch.bfloat16, outputs, call, *inputs)
+    assert not counters.events()  # no other tile in its place
+    if _cuda.on_host():
+        family = [t for t in TILES[op] if (t in POINT) == (tile in POINT)]
+        want = {t: blocks_of(op, i, t, layer) for i, t in enumerate(family, 1)}
+        assert len(set(want.values())) == len(family)
+        launches = [blocks for name, blocks in _cuda._module().recent() if name == f"conv_{op}"]
+        last = 1 if op == "fprop_act" else 2  # others add up the blocks' sums in a second launch
+        assert launches[-last] == want[tile]
 
 
 @pytest.mark.parametrize("op", TILES)

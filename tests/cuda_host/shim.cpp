@@ -1,6 +1,7 @@
 #include "shim.h"
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -85,6 +86,7 @@ const std::function<void()>* body = nullptr;
 std::string failure;
 unsigned seed = 0;
 int64_t count = 0;
+std::deque<std::pair<std::string, int64_t>> last;  // launches
 const Engine* engine = nullptr;
 std::vector<uint64_t> gathered;  // of each warp's last kGather
 
@@ -313,11 +315,14 @@ void wait_until(const std::function<bool()>& ready) {
 void set_order(unsigned s) { seed = s; }
 unsigned order_seed() { return seed; }
 int64_t launches() { return count; }
+std::vector<std::pair<std::string, int64_t>> recent() { return {last.begin(), last.end()}; }
 
 void launch(const char* name, int64_t blocks, int n, const std::function<void()>& kernel,
             const Engine* of) {
   if (blocks < 1) throw std::runtime_error(std::string(name) + ": a launch of no blocks");
   ++count;
+  last.emplace_back(name, blocks);
+  if (last.size() > 64) last.pop_front();
   threads.assign(static_cast<size_t>(n), Thread{});
   order.resize(static_cast<size_t>(n));
   std::vector<int64_t> block_order(static_cast<size_t>(blocks));

@@ -13,6 +13,8 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -49,6 +51,7 @@ struct Engine {
 void launch(const char* name, int64_t blocks, int threads, const std::function<void()>& kernel,
             const Engine* engine = nullptr);
 int64_t launches();
+std::vector<std::pair<std::string, int64_t>> recent();  // name, blocks of the last 64 launches
 
 void wait_until(const std::function<bool()>& ready);
 const uint64_t* warp_gather(uint64_t value);  // of all lanes, until this lane's next warp operation
