@@ -499,6 +499,7 @@ def test_what_cudnn_was_not_asked_is_not_unsupported(probing, monkeypatch):
 
 
 def test_an_interrupted_tune_keeps_its_blocks(probing, tmp_path, monkeypatch):
+    """The blocks of probes.TILED come first, pass by pass."""
     import torch
     from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -509,10 +510,11 @@ def test_an_interrupted_tune_keeps_its_blocks(probing, tmp_path, monkeypatch):
     rec = make("tune")
     net = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).to(memory_format=torch.channels_last)
     monkeypatch.setattr(probes, "network", lambda name, dry: net)
-    limits = []
+    limits, tiled = [], []
 
     def measure(target, seconds, isolate, per_conv, deadline, candidate_seconds):
         limits.append(deadline - time.monotonic())
+        tiled.append((target.x.shape[1], per_conv))
         if len(limits) == 3:
             raise KeyboardInterrupt
         return plan.Entry("b", {"eager": 2.0, "b": 1.0}, 2.0)
@@ -522,12 +524,15 @@ def test_an_interrupted_tune_keeps_its_blocks(probing, tmp_path, monkeypatch):
         probes.tune(dev, rec)
     written = json.loads((tmp_path / "probes.json").read_text())["stages"]["tune"]["rows"]
     assert [r["choice"] for r in written] == ["b", "b"] and all(0 < s <= 60 for s in limits)
+    assert tiled == [(64, True), (3, False), (64, False)]  # layer2.0, the stem, layer1.0
+    assert [(r["path"], r["per_conv"]) for r in written] == [("layer2.0", True), ("(stem)", False)]
+    assert limits[0] <= probes.TILED_SHARE * 60 < min(limits[1:])
     plan.forget()  # another process
     rec = make("tune")
     rec.deadline = 0.0
     monkeypatch.setattr(tuning, "measure", lambda *args: (_ for _ in ()).throw(tuning.TimeLimit()))
     probes.tune(dev, rec)
     assert [r["choice"] for r in rec.rows] == ["b", "b"] and rec.partial
-    left = [f"layer{i}.0 training" for i in (2, 3, 4)]
+    left = [f"layer{i}.0 training" for i in (1, 3, 4)]
     assert rec.found["notes"][-1].startswith("not measured, for lack of time: ")
     assert rec.found["notes"][-1].endswith(", ".join(left))

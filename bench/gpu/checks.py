@@ -77,6 +77,11 @@ SANITIZED = {
         "test_dgrad[cuda-bf16-back-bn-True-mask-dual]",
         "test_wgrad[cuda-bf16-tiles-bn-True-True]",
     ),
+    "test_cuda_tiles.py": (  # not the tiles that these shapes would have by themselves
+        "test_every_tile_matches_the_reference[fprop-pointwise-128x128]",
+        "test_every_tile_matches_the_reference[dgrad-cutlass-128x128-pair]",
+        "test_every_tile_matches_the_reference[wgrad-cutlass-128x64]",
+    ),
 }
 MODULE, BUILD_INFO = "module", "_build_info.txt"  # of the native module, beside the results
 MODULE_BYTES = 16 << 20

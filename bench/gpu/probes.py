@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,9 @@ from bench.gpu.numbers import cudnn_counts
 from bench.gpu.record import Record
 
 CANDIDATE_SECONDS = 60.0  # for the check of one: a hang must not take the stage
+# the blocks whose passes are tried one by one, on every tile: few channels and many, and a stride
+TILED = ("layer1.1", "layer2.0", "layer3.1", "layer4.1")
+TILED_SHARE = 0.6  # of the stage's time: some forty candidates a block, checked in two processes
 FORMS = ("conv", "conv+genstats", "scale-bias-relu-conv+genstats", "conv+scale-bias-relu")
 
 
@@ -197,12 +201,13 @@ def probe(
 
 
 def tune(device: Device, record: Record) -> None:
-    """fastres.tune on a ResNet-50's blocks in training; the choices are the stage's result."""
+    """fastres.tune on a ResNet-50's blocks in training, TILED first and pass by pass; the choices
+    are the stage's result."""
     import os
     import tempfile
 
     import fastres
-    from fastres import plan
+    from fastres import plan, tuning
 
     with tempfile.TemporaryDirectory() as cache:  # the user's own cache stays as it is
         os.environ["FASTRES_CACHE"] = cache
@@ -214,29 +219,49 @@ def tune(device: Device, record: Record) -> None:
         seconds = 0.2 if device.dry else max(5.0, 0.3 * record.time_left())
         lines: list[tuple] = []
 
-        def each(path: str, key: Any, entry: Any) -> None:  # at once: the stage may be stopped
+        def each(path: str, key: Any, entry: Any, tiled: bool = False) -> None:
+            """At once: the stage may be stopped."""
             times = {k: float(v) for k, v in entry.milliseconds.items()}
             row = record.add(
                 block=key.block, path=path, shape=list(key.shape), dtype=key.dtype,
                 layout=key.layout, mode=key.mode, choice=entry.choice, ratio=entry.ratio, ms=times,
-                rejected=dict(entry.rejected),
+                rejected=dict(entry.rejected), per_conv=tiled,
             )  # fmt: skip
             record.save()
             where = "x".join(map(str, row["shape"]))
             lines.append((where, row["choice"], row["ratio"], len(row["rejected"])))
 
-        kept = record.keep(lambda row: "layout" in row)
+        kept = record.keep(
+            lambda row: "layout" in row and (row["path"] not in TILED or row["per_conv"])
+        )
         plan.current(x.device).add({
             plan.Key(row["block"], tuple(row["shape"]), row["dtype"], row["layout"], row["mode"]):
             plan.Entry(row["choice"], row["ms"], row["ratio"], row["rejected"])
             for row in kept
         })  # fmt: skip
-        limit = max(record.time_left(), 1.0)
+        end = time.monotonic() + TILED_SHARE * record.time_left()
+        untried = []
         with torch.autocast(device.type, dtype=torch.bfloat16):
+            targets = [t for t in tuning.distinct(net, x, True) if t.path in TILED]
+            for target in (t for t in targets if plan.current(x.device).lookup(t.key) is None):
+                try:
+                    if time.monotonic() > end:
+                        raise tuning.TimeLimit
+                    entry = tuning.measure(
+                        target, seconds / len(TILED), not device.dry, True, end, CANDIDATE_SECONDS
+                    )
+                except tuning.TimeLimit:
+                    untried.append(target.path)
+                    continue
+                plan.current(x.device).add({target.key: entry})
+                each(target.path, target.key, entry, True)
+            del targets
             found = fastres.tune(
-                net, x, modes=("training",), seconds=seconds, limit=limit, each=each,
-                missing=True, candidate_seconds=CANDIDATE_SECONDS,
+                net, x, modes=("training",), seconds=seconds, limit=max(record.time_left(), 1.0),
+                each=each, missing=True, candidate_seconds=CANDIDATE_SECONDS,
             )  # fmt: skip
+        if untried:
+            record.unfinished(f"not tried pass by pass, for lack of time: {', '.join(untried)}")
         if found.left:
             record.unfinished(f"not measured, for lack of time: {', '.join(found.left)}")
     table("tune: ResNet-50's blocks", ("input", "choice", "x eager", "rejected"), lines)
