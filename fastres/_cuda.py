@@ -84,8 +84,9 @@ def driver_obstacle(
         )
     here = 10 * capability[0] + capability[1]
     for arch in (a for a in archs.split() if not a.startswith("ptx")):
-        built = int(arch.rstrip("a"))
-        if here == built or (arch.isdigit() and here // 10 == built // 10 and here > built):
+        built = int(arch.rstrip("af"))
+        family = not arch.endswith("a") and here // 10 == built // 10  # 100 and 100f run on 103
+        if here == built or (family and here > built):
             return None
     return (
         f"the build has PTX only for sm_{here}, of CUDA {new}, which the driver, for CUDA {old}, "
@@ -228,7 +229,11 @@ def conv_kernels(x: Tensor, weight: Tensor, geometry: list[int]) -> str:
 def _run(op: str, tile: str, taken: bool, *args) -> None:
     """`op` on one of the two families, on the tile of that name ("": each family's own choice).
     taken: by the pointwise kernels."""
-    family, place = _cuda_tiles.place(op, tile, taken)
+    try:
+        family, place = _cuda_tiles.place(op, tile, taken)
+    except ValueError as e:
+        shapes = (tuple(a.shape) for a in args if isinstance(a, Tensor) and a.dim() == 4)
+        raise ValueError(f"{e}; the tensors are {', '.join(map(str, shapes))}") from None
     module = _cuda_pointwise if family == "pointwise" else _cuda_cutlass
     getattr(module, f"conv_{op}")(*args, place)
 

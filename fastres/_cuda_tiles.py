@@ -89,11 +89,16 @@ def _place(native: ModuleType, op: str, name: str, pointwise: bool) -> tuple[str
 
 def configs(op: str, x: Tensor, weight: Tensor, geometry: list[int]) -> list[Config]:
     """The candidates for an op on a conv of x, any device (of x only shape, strides and dtype
-    count), each with its reason; empty where the kernels do not take the conv."""
-    from . import _cuda, _cuda_pointwise
+    count), each with its reason; empty where the kernels do not take the conv. Raises BackendError
+    where the build has none."""
+    from . import _cuda, _cuda_cutlass, _cuda_pointwise
+    from .backends import BackendError
 
     if op not in OPS:
         raise ValueError(f"configs: op must be one of {', '.join(OPS)}, got {op!r}")
+    missing = _cuda_cutlass.built()
+    if missing is not None:
+        raise BackendError(f"configs: {missing}")
     if _cuda.conv_why_not(x, weight, geometry) is not None:
         return []
     native, found = _native(), []

@@ -11,10 +11,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fastres import backends, tuning
+from fastres import backends, selfcheck, tuning
+from fastres._chosen import checked_rung
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -41,6 +43,8 @@ def check_all(folder: Path, names: list[str], answer: Callable[[str, str | None]
             stack.enter_context(backends.use_backend(found["backend"]))
         if target.dtype is not None:
             stack.enter_context(torch.autocast(kind, target.dtype))
+        self_check(target, names)
+        answer(tuning.STARTED, None)
         for name in names:
             answer(name, tuning.attempt(target, name))
             try:
@@ -51,6 +55,18 @@ def check_all(folder: Path, names: list[str], answer: Callable[[str, str | None]
                 # an illegal access, say: whatever the check said, this candidate is why, and the
                 # rest is for another process
                 return answer(name, f"{tuning.LOST}: {tuning.explain(e)}")
+
+
+def self_check(target: tuning.Target, names: list[str]) -> None:
+    """What the candidates would ask of fastres.selfcheck first, which is not to be of their time;
+    the verdicts are kept for them."""
+    x = target.x if target.dtype is None else target.x.to(target.dtype)
+    module: Any = target.module
+    for family in module.families:
+        selfcheck.obstacle(target.x, family)
+    for name in names:
+        with contextlib.suppress(backends.BackendError):  # theirs to say
+            checked_rung("tune", name, x)
 
 
 if __name__ == "__main__":

@@ -284,7 +284,7 @@ def merge(path: Path, who: dict[str, str], entries: dict[Key, Entry]) -> None:
 # --- lookup ---------------------------------------------------------------------------------------
 
 
-def _known(path: Path, entries: dict[Key, Entry]) -> dict[Key, Entry]:
+def _known(path: Path | str, entries: dict[Key, Entry]) -> dict[Key, Entry]:
     """The entries without those on CUDA convs, or a tile, that this build does not have."""
     from fastres.ops._choice import parse, unbuilt
 
@@ -373,7 +373,8 @@ def forget() -> None:
 
 
 def synchronise(device: torch.device) -> None:
-    """Take over rank 0's plan on every rank of the default process group; without one, nothing.
+    """Take over rank 0's plan on every rank of the default process group, but for what a rank's
+    build does not have, which is left to the heuristic there; without a group, nothing.
 
     Collective: call it on all ranks. `fastres.convert` and `fastres.tune` do."""
     distributed = torch.distributed
@@ -384,7 +385,8 @@ def synchronise(device: torch.device) -> None:
     plan = current(device)
     box: list[Any] = [(plan.packaged, plan.cached) if distributed.get_rank() == 0 else None]
     distributed.broadcast_object_list(box, src=0, device=_wire(device))
-    plan.packaged, plan.cached = box[0]
+    if distributed.get_rank() > 0:
+        plan.packaged, plan.cached = (_known("of rank 0", entries) for entries in box[0])
     plan.version = next(_versions)
 
 

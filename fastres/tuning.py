@@ -45,7 +45,9 @@ MIN_ROUNDS = 5
 MAX_ROUNDS = 100
 MIN_SECONDS = 2e-3  # of one timed batch of calls: well above the clock's and a launch's noise
 CHILD_SECONDS = 300.0  # for the check of one candidate in a process of its own
+START_SECONDS = 120.0  # for that process to start: torch's import, and self-checks, which compile
 CHILD = ("-m", "fastres._tune_child")
+STARTED = "started"  # in the place of a candidate: from here on each has its seconds
 LOST = "lost the device"  # how the answer of a candidate begins after which nothing runs there
 NOT_LOADED = ""  # in the place of a candidate: the block cannot be sent there
 
@@ -299,7 +301,8 @@ def run_child(
     folder: Path, names: list[str], seconds: float, deadline: float = math.inf
 ) -> tuple[dict[str, str | None], str | None]:
     """What `fastres._tune_child` answers, and how it ended if not well: a crash or a hang is an
-    answer, not an end. Each answer may take `seconds`; TimeLimit after `deadline`."""
+    answer, not an end. Each answer may take `seconds`, the first START_SECONDS where that is more,
+    until the child says that it has started; TimeLimit after `deadline`."""
     answers, errors = folder / "answers", folder / "errors"
     answers.write_text("")
     where = os.pathsep.join(p or os.getcwd() for p in sys.path)
@@ -311,7 +314,7 @@ def run_child(
         )  # fmt: skip
     ending = None
     try:
-        size, last = 0, time.monotonic()
+        size, last, most = 0, time.monotonic(), max(seconds, START_SECONDS)
         while ending is None:
             try:
                 code = process.wait(0.05)
@@ -321,9 +324,9 @@ def run_child(
             if now > deadline:
                 raise TimeLimit
             if answers.stat().st_size > size:
-                size, last = answers.stat().st_size, now
-            elif now - last > seconds:
-                ending = f"no answer in {seconds:.0f} s"
+                size, last, most = answers.stat().st_size, now, seconds
+            elif now - last > most:
+                ending = f"no answer in {most:.0f} s"
     finally:
         if process.poll() is None:
             process.kill()
@@ -333,7 +336,9 @@ def run_child(
         ending = f"crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
         ending += f": {said[-1]}" if said else ""
     lines = answers.read_text().split("\n")[:-1]
-    return dict(json.loads(line) for line in lines), ending
+    found = dict(json.loads(line) for line in lines)
+    found.pop(STARTED, None)
+    return found, ending
 
 
 def _isolated(

@@ -11,7 +11,7 @@ from test_cuda_tiles import POINT, TALL, blocks, native  # noqa: F401 (a fixture
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastres
-from fastres import _cuda
+from fastres import _cuda, _cuda_tiles
 from fastres.ops import _choice
 
 
@@ -27,6 +27,23 @@ def test_a_second_call_reads_no_name_and_asks_for_no_list(native):  # noqa: F811
     assert counts[0] == counts[1] and native.listed > 0
     ran = [args[-5] for name, args in native.launched if name == "conv_fprop"]
     assert ran == [2, 2]
+
+
+def test_configs_without_the_kernels_is_an_error(monkeypatch):
+    monkeypatch.setattr(_cuda, "_host", None)
+    monkeypatch.setattr(_cuda, "built", lambda: "fastres._C was built without them: no nvcc")
+    x, w = blocks()[1], torch.empty(16, 64, 1, 1)
+    with pytest.raises(fastres.BackendError, match=r"configs: .*without them: no nvcc"):
+        _cuda_tiles.configs("fprop", x, w, [1, 1, 0, 0, 1, 1, 1])
+
+
+def test_code_for_a_family_runs_on_its_newer_members():
+    """FASTRES_CUDA_ARCHS=100f: sm_103 too, but neither an older member nor another family."""
+    for capability, runs in (((10, 0), True), ((10, 3), True), ((9, 0), False), ((12, 0), False)):
+        reason = _cuda.driver_obstacle(12080, 12090, capability, "100f ptx80")
+        assert runs == (reason is None)
+    assert _cuda.driver_obstacle(12080, 12090, (10, 0), "103f ptx80") is not None
+    assert _cuda.driver_obstacle(12080, 12090, (10, 3), "100a ptx80") is not None
 
 
 def compiled(fusion: str):

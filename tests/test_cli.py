@@ -70,7 +70,7 @@ def test_unknown_model_lists_the_accepted_ones(run):
     assert "unknown model 'resnet-51'; did you mean resnet50?" in message
     assert all(name in message for name in MODELS)
     assert "did you mean" not in error_of(run("report", "zebra"))
-    for command in ("tune", "report", "bench"):
+    for command in ("tune", "report", "bench", "roofline"):
         message = error_of(run(command, "model.pt"))
         assert (
             "'model.pt' looks like a file" in message and "fastres.tune(model, sample)" in message

@@ -129,7 +129,11 @@ def test_a_tile_that_does_not_take_the_tensors_is_counted(cuda):
     said = [e for e in counters.events() if "by shape instead" in e]
     assert [e.split()[2] for e in said] == [POINT[0], POINT[2]]
     y = conv.empty(layer.out, dtype)
-    with pytest.raises(ValueError, match=r"no tile 'cutlass-64x64' of conv_fprop; it has pointw"):
+    with pytest.raises(
+        ValueError,
+        match=r"no tile 'cutlass-64x64' of conv_fprop; it has pointwise-128x64, .*, "
+        r"cutlass-256x64; the tensors are \(2, 40, 13, 11\), \(2, 72, 13, 11\), \(40, 72, 1, 1\)$",
+    ):
         _cuda.Convs("cutlass-64x64").conv_fprop(y, None, None, None, x, *rest, None, 1e-5)
     with pytest.raises(ValueError, match="tile 3 of a list of 2"):
         _cuda._module().conv_schedule(0, 8, 8, 1, 8, 3)
@@ -356,6 +360,8 @@ def test_the_child_says_which_candidate_lost_the_device(monkeypatch, tmp_path):
     here = SimpleNamespace(x=SimpleNamespace(device=torch.device("cuda")), dtype=None)
     monkeypatch.setattr(torch, "load", lambda *a, **k: {"target": here, "backend": None})
     monkeypatch.setattr(tuning, "attempt", lambda t, n: None)
+    answers: list = []
+    monkeypatch.setattr(_tune_child, "self_check", lambda t, names: answers.append("self-checks"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     calls = []
 
@@ -365,8 +371,9 @@ def test_the_child_says_which_candidate_lost_the_device(monkeypatch, tmp_path):
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    answers = []
     _tune_child.check_all(tmp_path, ["b", "c1", "c2"], lambda *a: answers.append(a))
-    assert answers[:2] == [("b", None), ("c1", None)] and len(answers) == 3
-    name, reason = answers[2]
+    started, *answered, lost = answers[1:]
+    assert answers[0] == "self-checks" and started == (tuning.STARTED, None)
+    assert answered == [("b", None), ("c1", None)]
+    name, reason = lost
     assert name == "c1" and reason.startswith(tuning.LOST) and "illegal memory access" in reason

@@ -557,6 +557,7 @@ def test_the_named_passes_and_no_others_are_the_vendors(fusion, monkeypatch):
     ("c2 cuda", "unknown fusion 'c2 cuda'"),
     ("b cuda all", "on rung b all convs are the vendor's"),
     ("c2 cuda conv2", "'conv2' is not a pass of a conv"),
+    ("c2 vendor conv1.wgrad cuda conv1.wgrad=cutlass-256x64", "wgrad is given to vendor and to"),
     ("c2 cuda conv2.fprop=wide", "'conv2.fprop=wide' is no pass and its tile"),
 ])  # fmt: skip
 def test_a_choice_that_cannot_be_met_is_named(fusion, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -331,11 +332,29 @@ def block(path="layer2.0", training=True) -> tuning.Target:
 
 def test_a_crash_or_a_hang_is_an_answer(monkeypatch):
     monkeypatch.setattr(tuning, "CHILD", ("-S", "-c", CRASHES))
+    monkeypatch.setattr(tuning, "START_SECONDS", 1.0)
     names = [EAGER, "c2", "b", "c1", "d", "c2 vendor conv1.wgrad"]
     assert tuning.rejections(block(), names, True, seconds=2.0) == {
         EAGER: None, "c2": None, "b": "crashed (SIGABRT)", "c1": "no answer in 2 s",
         "d": "crashed (exit code 3): last words", "c2 vendor conv1.wgrad": None,
     }  # fmt: skip
+
+
+STARTS = """
+import json, sys, time
+def say(what):
+    with open(sys.argv[1] + "/answers", "a") as file: print(json.dumps([what, None]), file=file)
+time.sleep(1)
+say("started")
+say(sys.argv[2])
+time.sleep(60)
+"""
+
+
+def test_the_start_of_a_child_is_not_a_candidates_time(monkeypatch):
+    monkeypatch.setattr(tuning, "CHILD", ("-S", "-c", STARTS))
+    found = tuning.rejections(block(), ["c1", "c2"], True, seconds=0.3)
+    assert found["c1"] is None and found["c2"] == "no answer in 0 s"
 
 
 def test_a_child_that_says_nothing_is_an_answer(monkeypatch):
@@ -582,7 +601,8 @@ def test_what_cuda_kernels_take_is_not_filed_for_tritons(cache, monkeypatch):
 
 
 def test_all_ranks_follow_rank_0(cache, tmp_path):
-    """Two processes with different caches agree after convert."""
+    """Two processes with different caches agree after convert, but for kernels that the build of
+    one of them does not have."""
     import multiprocessing
 
     spawn = multiprocessing.get_context("spawn")
@@ -597,7 +617,7 @@ def test_all_ranks_follow_rank_0(cache, tmp_path):
     found = dict(queue.get(timeout=120) for _ in ranks)
     for r in ranks:
         r.join(60)
-    assert found == {0: "eager", 1: "eager"}
+    assert found == {0: ("eager", "c2 cuda all"), 1: ("eager", "b")}
 
 
 def _rank(rank: int, store: str, folder: str, queue) -> None:
@@ -606,12 +626,20 @@ def _rank(rank: int, store: str, folder: str, queue) -> None:
     x = torch.randn(2, 64, 9, 9).contiguous(memory_format=torch.channels_last)
     model = network().train()
     who = plan.identity("cpu")
-    here = fastres._chosen.plan_key(model.layer1[0], x, True)
-    plan.merge(plan.cache_file(who), who, {here: entry([EAGER, "b"][rank])})
+    here, there = (fastres._chosen.plan_key(model.layer1[0], x, t) for t in (True, False))
+    entries = {here: entry([EAGER, "b"][rank]), there: entry(["c2 cuda all", "c1"][rank])}
+    plan.merge(plan.cache_file(who), who, entries)
     plan.forget()
+    from test_cuda_tiles import Native
+
+    cuda = importlib.import_module("fastres._cuda")
+    cuda.use_host(Native() if rank == 0 else None)
+    cuda.built = lambda: "fastres._C was built without them: no nvcc"
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     fastres.convert(model)
-    queue.put((rank, choice_of(model.layer1[0], x)[0]))
+    with torch.no_grad():
+        inference = choice_of(model.layer1[0], x)[0]
+    queue.put((rank, (choice_of(model.layer1[0], x)[0], inference)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -57,7 +57,7 @@ def parse(fusion: str) -> Choice:
     """What a fusion's name stands for: a rung; or a rung above b, the word "vendor" and some
     passes, conv1 being a block's first conv, shortcut its projection, and stem the conv of a
     network's stem; or the word "cuda" and some passes, or "all", a pass with "=" and a tile where
-    one was chosen; or both, vendor first. ValueError otherwise."""
+    one was chosen; or both, vendor first, no pass in both. ValueError otherwise."""
     if fusion in RUNGS:
         return Choice(RUNGS[fusion])
     found = _CHOICE.fullmatch(fusion)
@@ -75,6 +75,9 @@ def parse(fusion: str) -> Choice:
                 "conv1.fprop=cutlass-256x64"
             )
         tiles[which] = tile
+    twice = sorted(tiles.keys() & set(words))
+    if twice:
+        raise ValueError(f"fusion {fusion!r}: {twice[0]} is given to vendor and to cuda")
     for word in (*words, *(w for w in tiles if w != ALL)):
         if not _NAMED.fullmatch(word):
             raise ValueError(
