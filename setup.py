@@ -85,8 +85,6 @@ class BuildNative(build_ext):
         return build
 
     def cmake_options(self, cxx: str) -> list[str]:
-        import pybind11
-
         return [
             "-G",
             "Ninja",
@@ -94,7 +92,6 @@ class BuildNative(build_ext):
             f"-DCMAKE_CXX_COMPILER={cxx}",
             "-DCMAKE_BUILD_TYPE=" + ("Debug" if self.debug else "Release"),
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
 
     def say(self, info: dict, target: Path) -> None:

@@ -33,7 +33,7 @@ def without_torch(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_install_wheel_works_from_another_folder(tmp_path):
     """Built in the tree, so that the native build is incremental; build isolation and the CUDA
-    kernels, compiled anew where their headers lie elsewhere, are CI's own install's job."""
+    kernels are CI's own install's job."""
     for needed in ("cmake", "ninja", "pybind11", "setuptools"):
         pytest.importorskip(needed)
     run(
@@ -61,6 +61,80 @@ print(json.dumps([fastres.__file__, fastres.kernels.__file__, n.build_info()["cp
     assert Path(kernels).parent == target / "fastres" / "kernels"
     assert "portable" in variants
     assert not (target / "kernels").exists(), "kernels/ must not be a top-level package"
+
+
+# g++ and nvcc: of our sources they make empty objects that depend on all headers of their folders.
+COMPILER = """#!/bin/sh
+case "$*" in
+  *-dryrun*) echo -L{folder} >&2; exit;;
+  *sources/csrc/*|*-shared*|*cuda_probe*) ;;
+  *--version*) {version}; exit;;
+  *) exec c++ "$@";;
+esac
+for word; do
+  case $before in -o) out=$word;; -MF) list=$word;; -isystem) folders="$folders $word";; esac
+  before=$word
+done
+: > $out
+[ -z "$list" ] || echo $out: $(find /dev/null $folders -name '*.h*') > $list
+"""
+
+
+def unpack(folder: Path, change: str = "") -> None:
+    """What build isolation brings, new files every time; CUTLASS's headers, some of."""
+    import ninja
+    import pybind11
+
+    shutil.copytree(Path(pybind11.__file__).parent, folder / "pybind11", copy_function=shutil.copy)
+    source = folder / "cutlass_library" / "source"
+    for name, text in {
+        "include/cutlass/version.h": "#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n",
+        "include/cutlass/conv/conv.hpp": change,
+        "tools/util/include/cutlass/util/stride.hpp": "",
+    }.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    (folder / "cutlass_library" / "__init__.py").touch()
+    with (folder / "pybind11" / "include" / "pybind11" / "pybind11.h").open("a") as header:
+        header.write(change)
+    (folder / "ninja").symlink_to(Path(ninja.BIN_DIR) / "ninja")
+
+
+def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path):
+    """pip's build isolation unpacks CUTLASS and pybind11 elsewhere at every install."""
+    for needed in ("cmake", "ninja", "pybind11"):
+        pytest.importorskip(needed)
+    import cmake
+
+    (tmp_path / "sources").symlink_to(ROOT)
+    (tmp_path / "libcudart_static.a").touch()
+    for name, version in (("g++", "exec c++ --version"), ("nvcc", "echo release 13.0, V0")):
+        (tmp_path / name).write_text(COMPILER.format(folder=tmp_path, version=version))
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"CUDACXX": str(tmp_path / "nvcc"), "FASTRES_CUDA_ARCHS": "90a"}
+    for unwanted in ("FASTRES_SKIP_CUDA", "FASTRES_CUTLASS_DIR"):
+        env.pop(unwanted, None)
+    build = tmp_path / "build"
+
+    def install(name: str, change: str) -> str:
+        folder = tmp_path / name
+        unpack(folder, change)
+        command = [Path(cmake.CMAKE_BIN_DIR) / "cmake", "-S", tmp_path / "sources", "-B", build,
+                   "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={folder / 'ninja'}",
+                   f"-DCMAKE_CXX_COMPILER={tmp_path / 'g++'}", "-DCMAKE_BUILD_TYPE=Debug",
+                   f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
+        run(command, env=env | {"PYTHONPATH": str(folder)})
+        output = run([folder / "ninja", "-C", build, "-v"])
+        shutil.rmtree(folder)
+        return output
+
+    first = install("first", "")
+    compiled = [f"sources/csrc/{name}" for name in ("cuda/conv_wgrad_sm90.cu", "bindings.cpp")]
+    assert all(source in first for source in (*compiled, "sources/csrc/cpu/bn_stats.cpp"))
+    assert "ninja: no work to do." in install("second", "")
+    changed = install("third", "// changed\n")
+    assert all(source in changed for source in compiled)
+    assert "sources/csrc/cpu/bn_stats.cpp" not in changed
 
 
 @pytest.mark.slow
