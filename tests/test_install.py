@@ -82,9 +82,13 @@ done
 
 def unpack(folder: Path, change: str = "") -> None:
     """What build isolation brings, new files every time; CUTLASS's headers, some of."""
+    import cmake
     import ninja
     import pybind11
 
+    (folder / "bin").mkdir(parents=True)
+    shutil.copy(Path(cmake.CMAKE_BIN_DIR) / "cmake", folder / "bin")  # CMake follows links
+    (folder / "share").symlink_to(Path(cmake.CMAKE_DATA) / "share")
     shutil.copytree(Path(pybind11.__file__).parent, folder / "pybind11", copy_function=shutil.copy)
     source = folder / "cutlass_library" / "source"
     for name, text in {
@@ -104,8 +108,6 @@ def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path)
     """pip's build isolation unpacks CUTLASS and pybind11 elsewhere at every install."""
     for needed in ("cmake", "ninja", "pybind11"):
         pytest.importorskip(needed)
-    import cmake
-
     (tmp_path / "sources").symlink_to(ROOT)
     (tmp_path / "libcudart_static.a").touch()
     for name, version in (("g++", "exec c++ --version"), ("nvcc", "echo release 13.0, V0")):
@@ -119,7 +121,7 @@ def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path)
     def install(name: str, change: str) -> str:
         folder = tmp_path / name
         unpack(folder, change)
-        command = [Path(cmake.CMAKE_BIN_DIR) / "cmake", "-S", tmp_path / "sources", "-B", build,
+        command = [folder / "bin" / "cmake", "-S", tmp_path / "sources", "-B", build,
                    "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={folder / 'ninja'}",
                    f"-DCMAKE_CXX_COMPILER={tmp_path / 'g++'}", "-DCMAKE_BUILD_TYPE=Debug",
                    f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip

@@ -102,6 +102,33 @@ function(fastres_find_cutlass archs result why)
   set(${result}_VERSION "${version}" PARENT_SCOPE)
 endfunction()
 
+# A source and what it includes of ours. Not by a DEPFILE: to that command CMake adds one of its own,
+# with its path, which is new in each of pip's isolated environments.
+function(fastres_includes source result)
+  set(found "")
+  set(left ${source})
+  while(left)
+    list(POP_FRONT left file)
+    list(APPEND found ${file})
+    get_filename_component(folder ${file} DIRECTORY)
+    file(STRINGS ${file} lines REGEX "^ *#include \"")
+    foreach(line ${lines})
+      string(REGEX REPLACE ".*\"(.*)\".*" "\\1" name "${line}")
+      foreach(where ${folder} ${CMAKE_SOURCE_DIR}/csrc/cuda)
+        get_filename_component(path ${where}/${name} ABSOLUTE)
+        if(EXISTS ${path})
+          if(NOT path IN_LIST found AND NOT path IN_LIST left)
+            list(APPEND left ${path})
+          endif()
+          break()
+        endif()
+      endforeach()
+    endforeach()
+  endwhile()
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${found})
+  set(${result} ${found} PARENT_SCOPE)
+endfunction()
+
 function(fastres_find_cuda)
   if(NOT "$ENV{FASTRES_SKIP_CUDA}" MATCHES "^(|0)$")
     set(FASTRES_CUDA_WHY "FASTRES_SKIP_CUDA is set" PARENT_SCOPE)
@@ -205,7 +232,12 @@ function(fastres_find_cuda)
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu)
   file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/cuda)
   set(objects "")
+  set(headers "")
+  if(NOT conv_why)
+    file(GLOB_RECURSE headers ${cutlass}/include/* ${cutlass}/tools/util/include/*)
+  endif()
   foreach(source ${sources})
+    fastres_includes(${source} needed)
     get_filename_component(name ${source} NAME_WE)
     set(options ${flags})
     set(what ${code})
@@ -216,15 +248,14 @@ function(fastres_find_cuda)
       if(name MATCHES "_sm90$")
         set(options ${conv_flags} -isystem ${cutlass}/include -isystem ${cutlass}/tools/util/include)
         set(what 90a)
+        list(APPEND needed ${headers})
       endif()
     endif()
     set(object ${CMAKE_BINARY_DIR}/cuda/${name}.o)
     add_custom_command(
       OUTPUT ${object}
-      COMMAND ${nvcc} ${options} "-DFASTRES_CUDA_ARCHS=\"${code}\"" -MD -MT ${object} -MF ${object}.d
-              -c ${source} -o ${object}
-      DEPENDS ${source} ${nvcc}
-      DEPFILE ${object}.d
+      COMMAND ${nvcc} ${options} "-DFASTRES_CUDA_ARCHS=\"${code}\"" -c ${source} -o ${object}
+      DEPENDS ${needed} ${nvcc}
       COMMENT "nvcc ${name}.cu for ${what}"
       VERBATIM)
     list(APPEND objects ${object})
@@ -232,17 +263,18 @@ function(fastres_find_cuda)
   # 8. a test's program: the convolutions' copies on the host, on the launchers' own objects
   if(NOT conv_why)
     set(tma_maps ${CMAKE_BINARY_DIR}/cuda/tma_maps)
+    set(source ${CMAKE_SOURCE_DIR}/tests/cuda_host/tma_maps.cu)
+    fastres_includes(${source} needed)
     set(others ${objects})
     list(FILTER others EXCLUDE REGEX "/conv(_plan|_driver_sm90)?\\.o$")
     list(TRANSFORM conv_flags REPLACE "^-O3$" "-O1" OUTPUT_VARIABLE quick)
     add_custom_command(
       OUTPUT ${tma_maps}
       COMMAND ${nvcc} ${quick} -isystem ${cutlass}/include -isystem ${cutlass}/tools/util/include
-              -I${CMAKE_SOURCE_DIR}/csrc/cuda "-DFASTRES_CUDA_ARCHS=\"${code}\"" -MD -MT ${tma_maps}
-              -MF ${tma_maps}.d -c ${CMAKE_SOURCE_DIR}/tests/cuda_host/tma_maps.cu -o ${tma_maps}.o
+              -I${CMAKE_SOURCE_DIR}/csrc/cuda "-DFASTRES_CUDA_ARCHS=\"${code}\"" -c ${source}
+              -o ${tma_maps}.o
       COMMAND ${nvcc} ${tma_maps}.o ${others} -o ${tma_maps}
-      DEPENDS ${CMAKE_SOURCE_DIR}/tests/cuda_host/tma_maps.cu ${others}
-      DEPFILE ${tma_maps}.d
+      DEPENDS ${needed} ${headers} ${nvcc} ${others}
       COMMENT "nvcc tma_maps.cu"
       VERBATIM)
     add_custom_target(tma_maps DEPENDS ${tma_maps})
