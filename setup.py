@@ -49,9 +49,19 @@ def compiler() -> str:
     raise SystemExit(NO_COMPILER)
 
 
+def cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class BuildNative(build_ext):
     def build_extension(self, ext):
         cxx = compiler()
+        jobs = os.environ.get("MAX_JOBS") or str(cores())  # CMake: no more than the memory holds
+        if not jobs.isdecimal() or int(jobs) < 1:
+            raise SystemExit(f"fastres: MAX_JOBS={jobs} is not a number of compilers: 1 or more")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = self.build_folder()
         configure = [tool("cmake"), "-S", str(ROOT), "-B", str(build), *self.cmake_options(cxx)]
@@ -60,7 +70,6 @@ class BuildNative(build_ext):
             shutil.rmtree(build, ignore_errors=True)
             if subprocess.run(configure).returncode != 0:
                 raise SystemExit("fastres: CMake could not configure the build, see above")
-        jobs = os.environ.get("MAX_JOBS") or str(default_jobs())
         if subprocess.run([tool("cmake"), "--build", str(build), "-j", jobs]).returncode != 0:
             raise SystemExit("fastres: the native build failed, see the compiler's message above")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,17 +121,6 @@ class BuildNative(build_ext):
                 terminal.write("\n" + text + "\n")
         except OSError:
             pass
-
-
-def default_jobs() -> int:
-    """One a core, and no more than the free memory holds: nvcc takes up to 2.9 GB."""
-    cores = os.cpu_count() or 1
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return cores
-    return max(1, min(cores, int(free / 2.9e6)))
 
 
 def cuda_lines(info: dict) -> list[str]:

@@ -114,6 +114,7 @@ def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path)
         (tmp_path / name).write_text(COMPILER.format(folder=tmp_path, version=version))
         (tmp_path / name).chmod(0o755)
     env = os.environ | {"CUDACXX": str(tmp_path / "nvcc"), "FASTRES_CUDA_ARCHS": "90a"}
+    env["MAX_JOBS"] = "3"
     for unwanted in ("FASTRES_SKIP_CUDA", "FASTRES_CUTLASS_DIR"):
         env.pop(unwanted, None)
     build = tmp_path / "build"
@@ -137,6 +138,66 @@ def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path)
     changed = install("third", "// changed\n")
     assert all(source in changed for source in compiled)
     assert "sources/csrc/cpu/bn_stats.cpp" not in changed
+    # every compiler in the pool of MAX_JOBS
+    assert "pool compilers\n  depth = 3\n" in (build / "CMakeFiles" / "rules.ninja").read_text()
+    edges = [
+        e
+        for e in (build / "build.ninja").read_text().split("\n\n")
+        if "CXX_COMPILER__" in e or "/nvcc -std" in e
+    ]
+    assert len(edges) > 40 and all("\n  pool = compilers" in edge for edge in edges)
+
+
+GIB = 1 << 30
+AVAILABLE = {"proc/meminfo": f"MemFree: 1 kB\nMemAvailable: {10 * GIB // 1024} kB\n"}
+V2 = "sys/fs/cgroup"
+V1 = "sys/fs/cgroup/memory/jobs"
+MEMORY = {  # files of /proc and /sys, MAX_JOBS, compilers at once: 2.9 GB each
+    "of the machine": (AVAILABLE, "", "3"),
+    "not told": ({}, "", ""),
+    "too little": ({"proc/meminfo": "MemAvailable: 1000 kB\n"}, "", "1"),
+    "of a container": (
+        AVAILABLE | {"proc/self/cgroup": "0::/docker/1f\n", f"{V2}/memory.max": f"{4 * GIB}\n"},
+        "", "1"),
+    "of a parent's high mark, but for its cache": (
+        AVAILABLE | {"proc/self/cgroup": "0::/jobs/mine\n", f"{V2}/jobs/mine/memory.max": "max\n",
+                     f"{V2}/jobs/memory.max": f"{20 * GIB}\n",
+                     f"{V2}/jobs/memory.high": f"{8 * GIB}\n",
+                     f"{V2}/jobs/memory.current": f"{7 * GIB}\n",
+                     f"{V2}/jobs/memory.stat": f"anon 5\ninactive_file {4 * GIB}\n"
+                                               f"active_file {GIB}\n"},
+        "", "2"),
+    "of version 1": (
+        AVAILABLE | {"proc/self/cgroup": "5:cpu,memory:/jobs\n3:cpuset:/\n0::/\n",
+                     f"{V1}/memory.limit_in_bytes": f"{6 * GIB}\n",
+                     f"{V1}/memory.usage_in_bytes": f"{2 * GIB}\n"},
+        "", "1"),
+    "as asked": (AVAILABLE, "5", "5"),
+    "as asked, in vain": (AVAILABLE, "many", "MAX_JOBS=many is not a number of compilers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MEMORY)
+def test_install_runs_as_many_compilers_as_the_memory_holds(case, tmp_path):
+    pytest.importorskip("cmake")
+    import cmake
+
+    files, asked, said = MEMORY[case]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    script = tmp_path / "jobs.cmake"
+    script.write_text(
+        f"cmake_minimum_required(VERSION 3.21)\ninclude({ROOT / 'csrc' / 'jobs.cmake'})\n"
+        f'fastres_jobs("{tmp_path}" jobs)\nmessage("jobs=${{jobs}}.")\n'
+    )
+    command = [Path(cmake.CMAKE_BIN_DIR) / "cmake", "-P", script]
+    env = os.environ | {"MAX_JOBS": asked}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if asked == "many":
+        assert done.returncode != 0 and said in done.stderr
+    else:
+        assert done.stderr.strip() == f"jobs={said}."
 
 
 @pytest.mark.slow

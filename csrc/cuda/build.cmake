@@ -232,6 +232,10 @@ function(fastres_find_cuda)
   file(GLOB sources CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu)
   file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/cuda)
   set(objects "")
+  set(pool "")
+  if(CMAKE_JOB_POOL_COMPILE)
+    set(pool JOB_POOL ${CMAKE_JOB_POOL_COMPILE})
+  endif()
   set(headers "")
   if(NOT conv_why)
     file(GLOB_RECURSE headers ${cutlass}/include/* ${cutlass}/tools/util/include/*)
@@ -256,6 +260,7 @@ function(fastres_find_cuda)
       OUTPUT ${object}
       COMMAND ${nvcc} ${options} "-DFASTRES_CUDA_ARCHS=\"${code}\"" -c ${source} -o ${object}
       DEPENDS ${needed} ${nvcc}
+      ${pool}
       COMMENT "nvcc ${name}.cu for ${what}"
       VERBATIM)
     list(APPEND objects ${object})
@@ -275,6 +280,7 @@ function(fastres_find_cuda)
               -o ${tma_maps}.o
       COMMAND ${nvcc} ${tma_maps}.o ${others} -o ${tma_maps}
       DEPENDS ${needed} ${headers} ${nvcc} ${others}
+      ${pool}
       COMMENT "nvcc tma_maps.cu"
       VERBATIM)
     add_custom_target(tma_maps DEPENDS ${tma_maps})
