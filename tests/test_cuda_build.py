@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -347,22 +348,25 @@ def configure(env, folder: Path) -> tuple[dict, str]:
     ("missing", "no CUTLASS: /nowhere/include/cutlass/version.h does not exist"),
     ("old", "is CUTLASS 3.9, too old: 4.2 or newer is needed"),
     ("other arch", "they are for sm_90a, this build is for 80"),
+    ("broken", r"does not compile CUTLASS 4\.2 with .*cute/tensor\.hpp.*No such file"),
 ])  # fmt: skip
 def test_the_build_goes_on_without_the_convolutions(built, case, said, tmp_path):
     """CMake's configuration alone; the compiler is probed as always."""
     folder = tmp_path / "cutlass"
     (folder / "include" / "cutlass").mkdir(parents=True)
+    major, minor = (4, 2) if case == "broken" else (3, 9)
     (folder / "include" / "cutlass" / "version.h").write_text(
-        "#define CUTLASS_MAJOR 3\n#define CUTLASS_MINOR 9\n"
+        f"#define CUTLASS_MAJOR {major}\n#define CUTLASS_MINOR {minor}\n"
     )
     variables = {
         "missing": {"FASTRES_CUTLASS_DIR": "/nowhere", "FASTRES_CUDA_ARCHS": "90a"},
         "old": {"FASTRES_CUTLASS_DIR": str(folder), "FASTRES_CUDA_ARCHS": "90a"},
         "other arch": {"FASTRES_CUDA_ARCHS": "80"},
+        "broken": {"FASTRES_CUTLASS_DIR": str(folder), "FASTRES_CUDA_ARCHS": "90a"},
     }[case]
     info, output = configure(os.environ | variables, tmp_path)
     assert info["cuda"] is not None and info["cuda"]["convolutions"] is None
-    assert said in info["not_built"]["CUDA convolutions"] and said in output
+    assert re.search(said, info["not_built"]["CUDA convolutions"]) and re.search(said, output)
     assert ctest_names(tmp_path) == HERE
 
 
@@ -381,6 +385,31 @@ def test_a_gpu_older_than_the_kernels_is_named_or_left_out(built, here, tmp_path
         assert info["cuda"] is None and said in info["not_built"]["CUDA kernels"] and said in output
     else:
         assert info["cuda"]["code"] == "90a ptx80"
+
+
+# An nvcc that makes sm_75 of sm_80: no conversion to bf16.
+SM_75 = """#!/bin/sh
+for word; do
+  set -- "$@" "$(echo "$word" | sed s/=compute_80,code=sm_80/=compute_75,code=sm_75/)"
+  shift
+done
+exec {nvcc} "$@"
+"""
+
+
+@pytest.mark.slow
+def test_the_build_goes_on_where_nvcc_has_not_the_kernels_instructions(built, tmp_path):
+    real = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if real is None:
+        pytest.skip("nvcc is not on PATH")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(SM_75.format(nvcc=real))
+    nvcc.chmod(0o755)
+    env = os.environ | {"CUDACXX": str(nvcc), "FASTRES_CUDA_ARCHS": "80"}
+    info, output = configure(env, tmp_path)
+    said = r"does not compile for 80 with .*requires \.target sm_80 or higher"
+    assert info["cuda"] is None
+    assert re.search(said, info["not_built"]["CUDA kernels"]) and re.search(said, output)
 
 
 HERE = ["module_loads", "cpu_kernels", "cuda_host_shim", "cuda_kernels_on_the_host"]

@@ -67,7 +67,7 @@ print(json.dumps([fastres.__file__, fastres.kernels.__file__, n.build_info()["cp
 COMPILER = """#!/bin/sh
 case "$*" in
   *-dryrun*) echo -L{folder} >&2; exit;;
-  *sources/csrc/*|*-shared*|*cuda_probe*) ;;
+  *sources/csrc/*|*-shared*|*probe_c*) ;;
   *--version*) {version}; exit;;
   *) exec c++ "$@";;
 esac

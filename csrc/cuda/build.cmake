@@ -102,6 +102,27 @@ function(fastres_find_cutlass archs result why)
   set(${result}_VERSION "${version}" PARENT_SCOPE)
 endfunction()
 
+# Whether `text` compiles by a command: `why` is empty, or the compiler's first complaint. What has
+# compiled is remembered as long as neither changes; `name` is of the file.
+function(fastres_probe name version text why)
+  set(${why} "" PARENT_SCOPE)
+  string(SHA256 key "${ARGN} ${version} ${text}")
+  if("${FASTRES_PROBED_${name}}" STREQUAL "${key}")
+    return()
+  endif()
+  set(file ${CMAKE_BINARY_DIR}/probe_${name})
+  file(WRITE ${file}.cu "${text}")
+  execute_process(COMMAND ${ARGN} -c ${file}.cu -o ${file}.o RESULT_VARIABLE failed
+                  OUTPUT_VARIABLE said ERROR_VARIABLE said)
+  if(NOT failed STREQUAL "0")
+    string(REGEX MATCH "[^\n]*([Ee]rror|fatal|[Uu]nsupported|not defined)[^\n]*" line "${said}")
+    string(REGEX REPLACE "[\"\\\\;]" "'" line "${line}")
+    set(${why} "with ${CMAKE_CXX_COMPILER}: ${line}" PARENT_SCOPE)
+    return()
+  endif()
+  set(FASTRES_PROBED_${name} "${key}" CACHE INTERNAL "a command and what it has compiled")
+endfunction()
+
 # A source and what it includes of ours. Not by a DEPFILE: to that command CMake adds one of its own,
 # with its path, which is new in each of pip's isolated environments.
 function(fastres_includes source result)
@@ -200,30 +221,32 @@ function(fastres_find_cuda)
   # -fmad=false: an fma only where the source says fmaf (device.cuh)
   set(flags -std=c++17 -O3 -fmad=false -ccbin ${CMAKE_CXX_COMPILER}
       -Xcompiler -fPIC,-fvisibility=hidden,-Wall ${gencode})
-  # 5. does it compile at all with this C++ compiler? Remembered as long as nothing changes
-  set(key "${nvcc} ${version} ${flags}")
-  if(NOT "${FASTRES_CUDA_PROBED}" STREQUAL "${key}")
-    set(probe ${CMAKE_BINARY_DIR}/cuda_probe)
-    file(WRITE ${probe}.cu "#include <string>\n__global__ void probe(int* p) { *p = 1; }\n")
-    execute_process(COMMAND ${nvcc} ${flags} -c ${probe}.cu -o ${probe}.o RESULT_VARIABLE failed
-                    OUTPUT_VARIABLE text ERROR_VARIABLE text)
-    if(NOT failed STREQUAL "0")
-      string(REGEX MATCH "[^\n]*([Ee]rror|fatal|[Uu]nsupported|not defined)[^\n]*" line "${text}")
-      string(REGEX REPLACE "[\"\\\\;]" "'" line "${line}")
-      string(JOIN " " shown ${archs})
-      set(FASTRES_CUDA_WHY
-          "${nvcc} (CUDA ${version}) does not compile for ${shown} with ${CMAKE_CXX_COMPILER}: ${line}"
-          PARENT_SCOPE)
-      return()
-    endif()
-    set(FASTRES_CUDA_PROBED "${key}" CACHE INTERNAL "nvcc and flags that compiled a probe")
+  # 5. does it compile with this C++ compiler, down to the newest instruction?
+  string(JOIN " " shown ${archs})
+  set(text "#include <string>\n#include \"${CMAKE_SOURCE_DIR}/csrc/cuda/device.cuh\"\n")
+  string(APPEND text "__global__ void probe(uint32_t* to, float a, float b)\n")
+  string(APPEND text "{ *to = fastres::cuda::narrow2(a, b, fastres::cuda::BF16{}); }\n")
+  fastres_probe(cuda ${version} "${text}" why ${nvcc} ${flags})
+  if(why)
+    set(FASTRES_CUDA_WHY "${nvcc} (CUDA ${version}) does not compile for ${shown} ${why}" PARENT_SCOPE)
+    return()
   endif()
-  # 6. the convolutions' headers
+  # 6. the convolutions' headers, and whether they compile, too
   fastres_find_cutlass("${archs}" cutlass conv_why)
-  set(FASTRES_CONV_WHY "${conv_why}" PARENT_SCOPE)
   # -DNDEBUG: CUTLASS asserts what the driver returns; conv_driver.h raises it
   set(conv_flags -std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -DNDEBUG -ccbin ${CMAKE_CXX_COMPILER}
       -Xcompiler -fPIC,-fvisibility=hidden,-Wall -gencode arch=compute_90a,code=sm_90a)
+  list(APPEND conv_flags -isystem ${cutlass}/include -isystem ${cutlass}/tools/util/include)
+  if(NOT conv_why)
+    set(text "#include \"cute/tensor.hpp\"\n#include \"cutlass/kernel_hardware_info.hpp\"\n")
+    string(APPEND text "#include \"cutlass/conv/convnd_problem_shape.hpp\"\n")
+    string(APPEND text "#include \"cutlass/conv/collective/collective_builder.hpp\"\n")
+    fastres_probe(conv ${version} "${text}" conv_why ${nvcc} ${conv_flags})
+    if(conv_why)
+      set(conv_why "${nvcc} (CUDA ${version}) does not compile CUTLASS ${cutlass_VERSION} ${conv_why}")
+    endif()
+  endif()
+  set(FASTRES_CONV_WHY "${conv_why}" PARENT_SCOPE)
   # 7. the objects
   string(JOIN " " code ${archs} ptx80)
   string(JOIN " " shown ${flags})
@@ -250,7 +273,7 @@ function(fastres_find_cuda)
         continue()
       endif()
       if(name MATCHES "_sm90$")
-        set(options ${conv_flags} -isystem ${cutlass}/include -isystem ${cutlass}/tools/util/include)
+        set(options ${conv_flags})
         set(what 90a)
         list(APPEND needed ${headers})
       endif()
@@ -275,8 +298,7 @@ function(fastres_find_cuda)
     list(TRANSFORM conv_flags REPLACE "^-O3$" "-O1" OUTPUT_VARIABLE quick)
     add_custom_command(
       OUTPUT ${tma_maps}
-      COMMAND ${nvcc} ${quick} -isystem ${cutlass}/include -isystem ${cutlass}/tools/util/include
-              -I${CMAKE_SOURCE_DIR}/csrc/cuda "-DFASTRES_CUDA_ARCHS=\"${code}\"" -c ${source}
+      COMMAND ${nvcc} ${quick} -I${CMAKE_SOURCE_DIR}/csrc/cuda "-DFASTRES_CUDA_ARCHS=\"${code}\"" -c ${source}
               -o ${tma_maps}.o
       COMMAND ${nvcc} ${tma_maps}.o ${others} -o ${tma_maps}
       DEPENDS ${needed} ${headers} ${nvcc} ${others}
