@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
+
 
 class Rung(NamedTuple):
     """Which fusions a rung has on top of b's."""
@@ -52,12 +54,17 @@ class Choice(NamedTuple):
         return {*self.vendor, *(name for name, _ in self.cuda if name != ALL)}
 
 
-@functools.lru_cache(maxsize=1024)  # every pass of every conv asks
 def parse(fusion: str) -> Choice:
     """What a fusion's name stands for: a rung; or a rung above b, the word "vendor" and some
     passes, conv1 being a block's first conv, shortcut its projection, and stem the conv of a
     network's stem; or the word "cuda" and some passes, or "all", a pass with "=" and a tile where
     one was chosen; or both, vendor first, no pass in both. ValueError otherwise."""
+    if torch.compiler.is_compiling():  # which traces through a cache, and warns of it
+        return _parse(fusion)
+    return _kept(fusion)
+
+
+def _parse(fusion: str) -> Choice:
     if fusion in RUNGS:
         return Choice(RUNGS[fusion])
     found = _CHOICE.fullmatch(fusion)
@@ -85,6 +92,9 @@ def parse(fusion: str) -> Choice:
                 "conv2.dgrad or shortcut.wgrad"
             )
     return Choice(RUNGS[name], frozenset(words), tuple(sorted(tiles.items())))
+
+
+_kept = functools.lru_cache(maxsize=1024)(_parse)  # every pass of every conv asks
 
 
 def with_pass(fusion: str, name: str, to: str, passes: Iterable[str] = ()) -> str:
