@@ -3,6 +3,7 @@ what the build says where it cannot build the kernels."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -415,13 +416,38 @@ def test_the_build_goes_on_where_nvcc_has_not_the_kernels_instructions(built, tm
 HERE = ["module_loads", "cpu_kernels", "cuda_host_shim", "cuda_kernels_on_the_host"]
 
 
-def ctest_names(folder: Path) -> list[str]:
-    """What ctest would run."""
+def ctest(folder: Path, *options: str) -> str:
     import cmake
 
-    command = [str(Path(cmake.CMAKE_BIN_DIR) / "ctest"), "--test-dir", str(folder / "build"), "-N"]
+    program = str(Path(cmake.CMAKE_BIN_DIR) / "ctest")
+    command = [program, "--test-dir", str(folder / "build"), *options]
     done = subprocess.run(command, capture_output=True, text=True)
-    return re.findall(r"Test +#\d+: (\w+)", done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ctest_names(folder: Path) -> list[str]:
+    """What ctest would run."""
+    return re.findall(r"Test +#\d+: (\w+)", ctest(folder, "-N"))
+
+
+@pytest.mark.slow
+def test_ctest_replays_the_convolutions_copies(convs, tmp_path):
+    """In a build of their own: the installation's may be configured anew meanwhile. Of the others'
+    programs and tests pytest runs each by itself."""
+    variables = {"FASTRES_CUDA_ARCHS": "90a"}
+    package = importlib.util.find_spec("cutlass_library")
+    if "FASTRES_CUTLASS_DIR" not in os.environ and package is None:
+        copies = sorted(ROOT.glob("build/native-*/headers/cutlass-*"))
+        if not copies:
+            pytest.skip("CUTLASS's headers are neither a package here nor in build/")
+        variables["FASTRES_CUTLASS_DIR"] = str(copies[-1])
+    info, _ = configure(os.environ | variables, tmp_path)
+    assert info["not_built"] == {}
+    assert ctest_names(tmp_path) == [*HERE, "build_tma_maps", "tma_maps"]
+    output = ctest(tmp_path, "-V", "-R", "tma_maps")
+    passes = re.search(r"(\d+) passes, 0 wrong, 0 bad maps", output)
+    assert passes and int(passes[1]) == 87
 
 
 FAKE = "#!/bin/sh\ncase \"$*\" in *--version*) echo 'release {version}, V0';; *) {rest};; esac\n"

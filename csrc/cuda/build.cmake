@@ -288,20 +288,17 @@ function(fastres_find_cuda)
       VERBATIM)
     list(APPEND objects ${object})
   endforeach()
-  # 8. a test's program: the convolutions' copies on the host, on the launchers' own objects
+  # 8. a test's program: the convolutions' copies on the host
   if(NOT conv_why)
     set(tma_maps ${CMAKE_BINARY_DIR}/cuda/tma_maps)
     set(source ${CMAKE_SOURCE_DIR}/tests/cuda_host/tma_maps.cu)
     fastres_includes(${source} needed)
-    set(others ${objects})
-    list(FILTER others EXCLUDE REGEX "/conv(_plan|_driver_sm90)?\\.o$")
     list(TRANSFORM conv_flags REPLACE "^-O3$" "-O1" OUTPUT_VARIABLE quick)
     add_custom_command(
       OUTPUT ${tma_maps}
-      COMMAND ${nvcc} ${quick} -I${CMAKE_SOURCE_DIR}/csrc/cuda "-DFASTRES_CUDA_ARCHS=\"${code}\"" -c ${source}
-              -o ${tma_maps}.o
-      COMMAND ${nvcc} ${tma_maps}.o ${others} -o ${tma_maps}
-      DEPENDS ${needed} ${headers} ${nvcc} ${others}
+      COMMAND ${nvcc} ${quick} -I${CMAKE_SOURCE_DIR}/csrc/cuda "-DFASTRES_CUDA_ARCHS=\"${code}\""
+              ${source} -o ${tma_maps}
+      DEPENDS ${needed} ${headers} ${nvcc}
       ${pool}
       COMMENT "nvcc tma_maps.cu"
       VERBATIM)
