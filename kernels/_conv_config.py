@@ -39,9 +39,11 @@ class Arch:
     block_m, block_n: the tile of a dot, at most; num_warps of such a tile; row_bytes: bytes of the
     sum's step in one row; stages: buffers of the software pipeline; programs: two an SM, four waves
     of them, so that the last wave costs little; dw_elements: elements of dw one program of
-    conv_bwd_pointwise may hold; stats_n: columns of a tile whose epilogue takes statistics, of a
-    1x1 conv and of others;
-    split_steps: steps of the sum below which storing a split of dw costs more than computing it;
+    conv_bwd_pointwise may hold: 8,192 are 64 registers a thread of 4 warps, a quarter of them, with
+    dx, g and y beside; stats_n: columns of a tile whose epilogue takes statistics, of a 1x1 conv (4
+    warps: 64 columns leave room for a second copy of the tile, the squares) and of others;
+    split_steps: steps of the sum a split of dw has at least: 8 of 64 pixels read 8 (BM + BN) 128
+    bytes for the 8 BM BN that storing and adding the split moves, twice as many at 128 x 128;
     descriptors: 1x1 convs load their tiles by tensor descriptor (TMA), which spares the registers
     and instructions of the addresses; maxnreg: registers of a thread, at most: where it is given,
     ptxas does not spill in the loop to get one more program on an SM.
@@ -63,16 +65,21 @@ class Arch:
 
 ARCHS = {
     # 108 SMs, mma.sync: 64 x 64 a warp pair keeps the operand traffic from shared memory below its
-    # bandwidth; 163 KB of shared memory hold two programs of 3 stages of 24 KB.
+    # bandwidth; 163 KB of shared memory hold two programs of 3 stages of 24 KB. Its tiles have 64
+    # columns anyway, statistics or not.
     "sm_80": Arch("sm_80", 128, 64, 8, 128, 3, 8 * 108, 8192, (64, 64), 8, False),
     # 132 SMs, wgmma 64 x N x 16: 128 x 128 on two warpgroups is 64 accumulator registers a thread,
     # which leaves room for an epilogue with statistics; 4 stages of 32 KB are under half of 227 KB
-    # only at 3. 128-byte rows are the swizzle that wgmma and TMA read without bank conflicts.
+    # only at 3. 128-byte rows are the swizzle that wgmma and TMA read without bank conflicts. A
+    # 3x3 with statistics is on 8 warps, whose 128 columns are what 64 are on 4.
     "sm_90": Arch("sm_90", 128, 128, 8, 128, 3, 8 * 132, 8192, (64, 128), 8, True),
     # 148 SMs, tcgen05: accumulators live in tensor memory (512 columns: two programs of 128 x 128
-    # with room to spare), so the tile of sm_90 again.
+    # with room to spare), so the tile of sm_90 again. Statistics bring a tile back to registers,
+    # all of it at once: 64 columns.
     "sm_100": Arch("sm_100", 128, 128, 8, 128, 3, 8 * 148, 8192, (64, 64), 8, True, 255),
-    # 304 CUs, mfma 32x32x8: 64 KB of LDS hold 2 stages of 128 x 32 twice.
+    # 304 CUs, mfma 32x32x8: 64 KB of LDS hold 2 stages of 128 x 32 twice. 8,192 elements of dw
+    # spill up to 380 bytes, 4,096 do not; accumulators share the registers with all else: 64
+    # columns with statistics.
     "gfx942": Arch("gfx942", 128, 128, 8, 64, 2, 8 * 304, 4096, (64, 64), 8, False),
     # The interpreter pays per operation, not per element: large tiles. (The tests take small ones,
     # so that small shapes have several.)
@@ -163,10 +170,20 @@ def _odd(arch: Arch, geo, itemsize: int) -> bool:
     return not aligned and geo.groups == 1 and arch.name != "interpreter"
 
 
-def _narrow(config: ConvConfig) -> ConvConfig:
-    """For odd channels: up to 1.4 KB of stack, in the loop, too, else."""
-    block_m, block_n = min(config.block_m, 64), min(config.block_n, 32)
-    return replace(config, block_m=block_m, block_n=block_n, num_warps=8)
+def _narrow(config: ConvConfig, arch: Arch, itemsize: int) -> ConvConfig:
+    """For odd channels: up to 1.4 KB of stack, in the loop, too, else. Plain FMAs have operands in
+    registers beside the addresses: half a step, and one program an SM (as with TF32 on sm_80), for
+    two have 128 registers a thread. Else the architecture's cap: others are for 4 warps."""
+    plain = _plain_fma(arch, itemsize)
+    one = plain or (arch.name == "sm_80" and itemsize == 4)
+    return replace(
+        config,
+        block_m=min(config.block_m, 64),
+        block_n=min(config.block_n, 32),
+        block_k=min(config.block_k, 16 if plain else config.block_k),
+        num_warps=8,
+        maxnreg=255 if one else ARCHS[arch.name].maxnreg,
+    )
 
 
 def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
@@ -190,15 +207,15 @@ def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
     found = _gemm(arch, geo, geo.rows, columns, summed, size, 1 + shortcut, 0, stats)
     if arch.name == "sm_100" and shortcut and not plain:
         found = replace(found, num_warps=8)  # one program of 8 warps for two of 4, which spill
-    if (arch.name == "sm_90" and stats and not geo.pointwise) or (
+    if (arch.name == "sm_90" and stats != geo.pointwise) or (  # 8 bytes of stack with `add`, too
         arch.name == "gfx942" and not stats and geo.pointwise  # 8-byte loads of Triton 3.6 else
     ):
         found = _more_warps(found)
-    return _narrow(found) if odd else found
+    return _narrow(found, arch, size) if odd else found
 
 
-def dgrad_config(geo, x, mode: str, epilogue: int) -> ConvConfig:
-    """epilogue: tensors read there (dres, the previous raw y, the shortcut's)."""
+def dgrad_config(geo, x, dz, mode: str, epilogue: int) -> ConvConfig:
+    """x: dx; epilogue: tensors read there (dres, the previous raw y, the shortcut's)."""
     arch = arch_of(x.device)
     prologue = 2 if mode == "bn" else 1
     if arch.name == "sm_100" and prologue == 1 and not geo.pointwise:
@@ -206,11 +223,11 @@ def dgrad_config(geo, x, mode: str, epilogue: int) -> ConvConfig:
     size = x.element_size()
     found = _gemm(arch, geo, geo.rows, geo.group_c, geo.group_k, size, prologue, epilogue, False)
     if _odd(arch, geo, size):
-        return _narrow(found)
+        return _narrow(found, arch, size)
     spatial = not geo.pointwise and prologue > 1
     if arch.name == "sm_100" and spatial and epilogue > 1 and _plain_fma(arch, size):
         found = replace(found, num_stages=3)  # 16 bytes of stack at 2 or 4, of ptxas's making
-    if arch.name == "sm_80" and spatial and epilogue and wide(x):
+    if arch.name == "sm_80" and spatial and epilogue and wide(x, dz):
         found = replace(found, block_m=min(found.block_m, 64))  # 64-bit offsets take two registers
     return _more_warps(found) if arch.name in ("sm_90", "sm_100") else found
 
@@ -229,8 +246,11 @@ def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     block_m = _fit(geo.rows, 64 if size < 4 and not both else 32)
     warps = arch.num_warps if block_k * block_n >= 8192 else 4
     stages = max(arch.stages - (mode == "bn"), 2) if arch.stages > 1 else 1
+    if _odd(arch, geo, size) and _plain_fma(arch, size):  # as in _narrow
+        block_k, block_n, warps = min(block_k, 32), min(block_n, 32), 8
+        return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, 255)
     # two programs of 4 warps: ptxas spills for a third
-    maxnreg = 192 if both and _odd(arch, geo, size) else arch.maxnreg
+    maxnreg = 255 if both and _odd(arch, geo, size) else arch.maxnreg
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, maxnreg)
 
 
@@ -264,9 +284,12 @@ def few_wgrad_config(geo, x, mode: str) -> ConvConfig:
 
 
 def joint_odd(geo, x) -> bool:
-    """Whether odd channels keep a conv from bwd_pointwise."""
-    arch = arch_of(x.device)
-    return _odd(arch, geo, x.element_size()) and (geo.k > 128 or arch.name == "sm_80")
+    """Whether odd channels keep a conv from bwd_pointwise: spills, and no narrower tile helps,
+    since dw's rows are all of K. (16-bit K up to 128 does without on sm_90, and on gfx942 with its
+    512 registers.)"""
+    arch, size = arch_of(x.device), x.element_size()
+    few = arch.name in ("sm_90", "gfx942") and geo.k <= 128 and size < 4
+    return _odd(arch, geo, size) and not few
 
 
 def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvConfig | None:
@@ -280,7 +303,7 @@ def bwd_pointwise_config(geo, x, mode: str = "none", epilogue: int = 0) -> ConvC
         return None  # spills: the registers of the operands' copy to shared memory
     elements = arch.dw_elements if x.element_size() < 4 else arch.dw_elements // 2
     if joint_odd(geo, x):
-        return None  # spills, too, and no narrower tile helps: dw's rows are all of K
+        return None
     block_k = _fit(geo.k, 1 << 20)
     block_n = _fit(geo.c, min(arch.block_n, elements // block_k) if block_k <= elements else 0, 0)
     if block_n < min(32, _fit(geo.c, 32)):

@@ -279,7 +279,7 @@ def conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev):
     previous = previous_arguments(prev)
     dres = (None, None) if dres is None else dres
     reads = (dres[0], previous[0], previous[-2])
-    config = dgrad_config(geo, dx, mode, sum(t is not None for t in reads))
+    config = dgrad_config(geo, dx, g.dz, mode, sum(t is not None for t in reads))
     pairs = [
         (a, b)
         for a in phases(geo.h, geo.r, geo.stride[0], geo.padding[0], geo.dilation[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -299,10 +299,15 @@ NETWORKS = ("resnet18", "resnet50")
 
 
 def ladder(
-    target: str, dtype_name: str, steps=STEPS, networks=NETWORKS, batch: int = 256
+    target: str,
+    dtype_name: str,
+    steps=STEPS,
+    networks=NETWORKS,
+    batch: int = 256,
+    same: Callable[[Launch], Any] = lambda launch: (launch.form(), launch.tile()),
 ) -> list[Launch]:
     """The launches of the conv kernels and of those that add their partials, in the residual
-    stages; duplicates of form and tile left out."""
+    stages; one of those that are the `same`: form and tile."""
     dtype = DTYPES[dtype_name]
     out: dict[tuple, Launch] = {}
     tf32 = torch.backends.cudnn.allow_tf32
@@ -323,7 +328,7 @@ def ladder(
                             launch = replace(launch, dtype=dtype_name)
                             case = _describe(launch, f"{network} {name}")
                             launch = replace(launch, case=case, dtype=dtype_name, layout="nhwc")
-                            out.setdefault((launch.form(), launch.tile()), launch)
+                            out.setdefault(same(launch), launch)
                 x = z
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
@@ -370,9 +375,10 @@ def wide(target: str) -> list[Launch]:
     return [replace(x, case=x.case + " 64-bit rows") for x in launches]
 
 
-def own(target: str) -> list[Launch]:
+def own(target: str, dtype_name: str = "bf16", networks=tuple(OWN)) -> list[Launch]:
     """The convolutions of CIFAR's widths, and of channels that are no whole 16 bytes."""
-    return [y for name in OWN for y in one_tile(ladder(target, "bf16", FEW_STEPS, (name,)))]
+    steps = [ladder(target, dtype_name, FEW_STEPS, (name,)) for name in networks]
+    return [launch for launches in steps for launch in one_tile(launches)]
 
 
 def grouped(target: str, dtype_name: str) -> list[Launch]:
@@ -430,16 +436,18 @@ def extremes(launches: list[Launch]) -> list[Launch]:
     return out
 
 
-def everything(target: str) -> list[Launch]:
-    """The committed table: bf16 in every form and tile, the other dtypes in one tile of the forms
-    that ResNet training and inference use most; grouped convs in bf16."""
-    streams = STREAMS if target == "sm_90" else STREAMS[:1]
-    out = streaming(target, streams) + ladder(target, "bf16") + grouped(target, "bf16")
+def everything(target: str, digest: Callable[[Launch], str]) -> list[Launch]:
+    """The committed table: bf16 in every form and tile (on sm_90 every kernel, which other channels
+    make more of), the other dtypes in one tile of the forms that ResNet training and inference use
+    most; grouped convs in bf16."""
+    most = target == "sm_90"
+    out = streaming(target, STREAMS if most else STREAMS[:1]) + grouped(target, "bf16")
+    out += ladder(target, "bf16", same=digest) if most else ladder(target, "bf16")
     out += own(target) + wide(target)
     for dtype in DTYPES:
         out += stem(target, dtype)
     for dtype in ("fp16", "tf32", "fp32"):
-        out += one_tile(ladder(target, dtype, FEW_STEPS))
+        out += one_tile(ladder(target, dtype, FEW_STEPS)) + own(target, dtype, ("odd",))
     return out
 
 

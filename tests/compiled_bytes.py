@@ -1,6 +1,7 @@
 """Bytes per kernel, counted from compiled kernels, against the model's (fastres.roofline), by rung.
 
     python tests/compiled_bytes.py --write           # bench/results/compiled-bytes/, this Triton
+    python tests/compiled_bytes.py --check           # which rows are of other kernels than today's
     python tests/compiled_bytes.py sm_90 resnet50.layer1:c2,d    # a part, as JSON, a rung a line
 
 A training step of a part of a ResNet, as wide as it is and on small images, runs on CPU tensors
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -185,6 +187,36 @@ def compare(target: str, part: str, rung: str, counted=None) -> dict:
     }
 
 
+def digest(target: str, part: str, rung: str) -> str:
+    """Changes when one of the row's kernels would compile to something else; compiles nothing."""
+    found: set[str] = set()
+
+    @contextlib.contextmanager
+    def captured() -> Iterator[Callable]:
+        def run(memory, _, kernel, programs, args, num_warps, num_stages=None, maxnreg=None, **c):
+            options = num_warps, num_stages, maxnreg
+            found.add(aot.digest(Launch("", "", "", kernel, args, *options, c)))
+
+        with aot_cases.capture(target), few_chunks(target):
+            yield run
+
+    step(part, rung, captured)
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()[:12]
+
+
+def stale(targets) -> list[str]:
+    """The rows of this Triton's files whose kernels are others now."""
+    import triton
+
+    out = []
+    for target in targets:
+        path = TABLE / f"triton-{triton.__version__}-{target}.json"
+        for row in json.loads(path.read_text())["rows"] if path.exists() else []:
+            if row.get("digest") != digest(target, row["part"], row["rung"]):
+                out.append(f"{target} {row['part']} {row['rung']}")
+    return out
+
+
 # --- everything -----------------------------------------------------------------------------------
 
 
@@ -254,7 +286,8 @@ def write(target: str) -> list[str]:
             print(what, "equal" if equal else "DIFFER", file=sys.stderr, flush=True)
             if not equal:
                 wrong.append(what)
-            rows.append({"part": part, "rung": rung, "equal": equal, "ops": totals(row["counted"])})
+            of = {"part": part, "rung": rung, "digest": digest(target, part, rung)}
+            rows.append({**of, "equal": equal, "ops": totals(row["counted"])})
     every = Counter(name for name, _ in kernels.values())
     same = Counter(name for name, equal in kernels.values() if equal)
     parts = {
@@ -272,14 +305,21 @@ def write(target: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="every part and rung, to a file")
-    parser.add_argument("target", nargs="?", choices=TARGETS, help="with --write: default all")
+    parser.add_argument("--check", action="store_true", help="which rows of the files are stale")
+    parser.add_argument(
+        "target", nargs="?", choices=TARGETS, help="default, with --write and --check: all"
+    )
     parser.add_argument("parts", nargs="*", metavar="part:rung,rung")
     options = parser.parse_args()
+    targets = [options.target] if options.target else TARGETS
     if options.write:
-        targets = [options.target] if options.target else TARGETS
         wrong = [w for target in targets for w in write(target)]
         print("\n".join(wrong), file=sys.stderr)
         return bool(wrong)
+    if options.check:
+        found = stale(targets)
+        print("\n".join(found))
+        return bool(found)
     asked = [
         (p, r)
         for p, _, rungs in (x.partition(":") for x in options.parts)

@@ -42,6 +42,16 @@ def test_compiled_kernels_move_what_the_model_says():
     assert {f"{r['part']} {r['rung']}": len(r["counted"]) for r in rows} == KERNELS
 
 
+def test_the_committed_files_are_of_these_kernels():
+    """Part by part: no kernel, form or tile has changed since they were written. Thin: sm_90's."""
+    pytest.importorskip("triton")
+    version = compiled_bytes.aot.triton_version()
+    if not list(compiled_bytes.TABLE.glob(f"triton-{version}-*.json")):
+        pytest.skip(f"no file of Triton {version} is committed")
+    done = subprocess_of(["compiled_bytes.py", "--check", "sm_90"])
+    assert done.returncode == 0, f"stale:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
 FILES = sorted(compiled_bytes.TABLE.glob("*.json"))
 
 
