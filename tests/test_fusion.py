@@ -26,7 +26,7 @@ def network(kind: str, stages: int = 4) -> nn.Module:
     block, layers, extra = {
         "basic": (BasicBlock, [2, 1, 1, 1], {}),
         "bottleneck": (Bottleneck, [2, 1, 1, 1], {"width_per_group": 16}),
-        "grouped": (Bottleneck, [2, 1, 1, 1], {"groups": 8, "width_per_group": 2}),
+        "grouped": (Bottleneck, [2, 1, 1, 1], {"groups": 4, "width_per_group": 4}),
     }[kind]
     model = ResNet(block, layers, num_classes=10, **extra)
     for i in range(stages + 1, 5):

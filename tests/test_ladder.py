@@ -177,9 +177,9 @@ STAGES = {
     "bottleneck, C 35": lambda: make("bottleneck", width=35, size=7),
     "basic": lambda: make("basic"),
     "basic, three": lambda: make("basic", blocks=3, width=24, size=7, stride=1),
-    "grouped": lambda: make("bottleneck", groups=4),
+    "grouped": lambda: make("bottleneck", groups=2),
     "grouped, uneven": lambda: make("bottleneck", width=24, groups=2, blocks=1, size=7),
-    "basic, grouped": lambda: make("basic", groups=4),
+    "basic, grouped": lambda: make("basic", groups=2),
     "dilated": lambda: make("basic", dilation=2, stride=1),
     "frozen BN": lambda: make("bottleneck", training="none"),
     "some BN frozen": lambda: make("bottleneck", training="mixed", blocks=3),
@@ -212,12 +212,15 @@ def test_an_input_that_needs_no_gradient(rung):
         torch.testing.assert_close(got[key], want, rtol=1e-9, atol=1e-11)
 
 
-# bf16 and fp16 on larger maps, where the gates that flip are many enough to average out.
+# bf16 and fp16 on larger maps, where the gates that flip are many enough to average out. c1, whose
+# forms c2 has but for the backward's, on half of the stages.
+C1 = ("bottleneck", "bottleneck, large", "basic, large", "bottleneck, C 35", "grouped", "frozen BN")
 TRITON = [
     pytest.param(name, rung, dtype, id=f"{name}-{rung}-{dtype}")
     for name in STAGES
     for rung in RUNGS
     for dtype in (("bf16", "fp16") if name.endswith("large") else ("fp32",))
+    if rung != "c1" or name in C1
     if dtype != "fp16" or (rung in ("c2", "d")) == name.startswith("bottleneck")  # each rung once
 ]
 
@@ -240,7 +243,7 @@ def test_every_rung_on_triton(name, rung, dtype):
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", ("b", "d"))
 def test_two_runs_agree_bit_for_bit(rung):
     backend("triton")
     stage = STAGES["bottleneck"]()
