@@ -104,29 +104,41 @@ def unpack(folder: Path, change: str = "") -> None:
     (folder / "ninja").symlink_to(Path(ninja.BIN_DIR) / "ninja")
 
 
-def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path):
-    """pip's build isolation unpacks CUTLASS and pybind11 elsewhere at every install."""
+def compilers(folder: Path) -> dict[str, str]:
+    """The environment of a build with those."""
     for needed in ("cmake", "ninja", "pybind11"):
         pytest.importorskip(needed)
-    (tmp_path / "sources").symlink_to(ROOT)
-    (tmp_path / "libcudart_static.a").touch()
+    (folder / "libcudart_static.a").touch()
     for name, version in (("g++", "exec c++ --version"), ("nvcc", "echo release 13.0, V0")):
-        (tmp_path / name).write_text(COMPILER.format(folder=tmp_path, version=version))
-        (tmp_path / name).chmod(0o755)
-    env = os.environ | {"CUDACXX": str(tmp_path / "nvcc"), "FASTRES_CUDA_ARCHS": "90a"}
-    env["MAX_JOBS"] = "3"
-    for unwanted in ("FASTRES_SKIP_CUDA", "FASTRES_CUTLASS_DIR"):
+        (folder / name).write_text(COMPILER.format(folder=folder, version=version))
+        (folder / name).chmod(0o755)
+    env = os.environ | {"CUDACXX": str(folder / "nvcc"), "FASTRES_CUDA_ARCHS": "90a"}
+    for unwanted in ("FASTRES_SKIP_CUDA", "FASTRES_CUTLASS_DIR", "MAX_JOBS"):
         env.pop(unwanted, None)
+    return env
+
+
+def configure(folder: Path, brought: Path, env: dict[str, str], *options: str) -> Path:
+    """The build tree of folder/sources, with what unpack() brought."""
+    build = folder / "build"
+    command = [brought / "bin" / "cmake", "-S", folder / "sources", "-B", build, "-G", "Ninja",
+               f"-DCMAKE_MAKE_PROGRAM={brought / 'ninja'}",
+               f"-DCMAKE_CXX_COMPILER={folder / 'g++'}", "-DCMAKE_BUILD_TYPE=Debug",
+               f"-DPython_EXECUTABLE={sys.executable}", *options]  # fmt: skip
+    run(command, env=env | {"PYTHONPATH": str(brought)})
+    return build
+
+
+def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path):
+    """pip's build isolation unpacks CUTLASS and pybind11 elsewhere at every install."""
+    (tmp_path / "sources").symlink_to(ROOT)
+    env = compilers(tmp_path) | {"MAX_JOBS": "3"}
     build = tmp_path / "build"
 
     def install(name: str, change: str) -> str:
         folder = tmp_path / name
         unpack(folder, change)
-        command = [folder / "bin" / "cmake", "-S", tmp_path / "sources", "-B", build,
-                   "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={folder / 'ninja'}",
-                   f"-DCMAKE_CXX_COMPILER={tmp_path / 'g++'}", "-DCMAKE_BUILD_TYPE=Debug",
-                   f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
-        run(command, env=env | {"PYTHONPATH": str(folder)})
+        configure(tmp_path, folder, env)
         output = run([folder / "ninja", "-C", build, "-v"])
         shutil.rmtree(folder)
         return output
@@ -146,6 +158,16 @@ def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path)
         if "CXX_COMPILER__" in e or "/nvcc -std" in e
     ]
     assert len(edges) > 40 and all("\n  pool = compilers" in edge for edge in edges)
+
+
+def test_install_from_a_tree_without_the_tests(tmp_path):
+    (tmp_path / "sources").mkdir()
+    for name in ("CMakeLists.txt", "csrc"):
+        (tmp_path / "sources" / name).symlink_to(ROOT / name)
+    env = compilers(tmp_path)
+    unpack(tmp_path / "brought")
+    text = (configure(tmp_path, tmp_path / "brought", env) / "build.ninja").read_text()
+    assert "csrc/cuda/conv_wgrad_sm90.cu" in text and "tma_maps" not in text
 
 
 GIB = 1 << 30

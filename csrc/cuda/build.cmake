@@ -5,7 +5,7 @@
 # this machine, otherwise 80, 90a and 100a); CUDACXX, CUDA_HOME or CUDA_PATH (default: nvcc on PATH);
 # FASTRES_CUTLASS_DIR (default: the nvidia-cutlass package of the Python that builds).
 # Out: FASTRES_CUDA_OBJECTS, FASTRES_CUDA_RUNTIME (the static library), FASTRES_CUDA_INFO (JSON),
-# FASTRES_TMA_MAPS (a test's program), and FASTRES_CUDA_WHY, empty when all is well;
+# FASTRES_TMA_MAPS (a test's program, if any), and FASTRES_CUDA_WHY, empty when all is well;
 # FASTRES_CONV_WHY the same of the convolutions, which need sm_90a and CUTLASS: conv.cu, and
 # *_sm90.cu, compiled for sm_90a alone.
 
@@ -288,10 +288,10 @@ function(fastres_find_cuda)
       VERBATIM)
     list(APPEND objects ${object})
   endforeach()
-  # 8. a test's program: the convolutions' copies on the host
-  if(NOT conv_why)
+  # 8. a test's program, where the tests are: the convolutions' copies on the host
+  set(source ${CMAKE_SOURCE_DIR}/tests/cuda_host/tma_maps.cu)
+  if(NOT conv_why AND EXISTS ${source})
     set(tma_maps ${CMAKE_BINARY_DIR}/cuda/tma_maps)
-    set(source ${CMAKE_SOURCE_DIR}/tests/cuda_host/tma_maps.cu)
     fastres_includes(${source} needed)
     list(TRANSFORM conv_flags REPLACE "^-O3$" "-O1" OUTPUT_VARIABLE quick)
     add_custom_command(
