@@ -170,6 +170,43 @@ def test_install_from_a_tree_without_the_tests(tmp_path):
     assert "csrc/cuda/conv_wgrad_sm90.cu" in text and "tma_maps" not in text
 
 
+def test_install_probes_the_compilers_again_where_something_changed_behind_its_path(tmp_path):
+    (tmp_path / "sources").mkdir()
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path / "sources")
+    shutil.copytree(ROOT / "csrc", tmp_path / "sources" / "csrc")
+    brought = tmp_path / "brought"
+    unpack(brought)
+    cutlass = brought / "cutlass_library" / "source"
+    env = compilers(tmp_path) | {"FASTRES_CUTLASS_DIR": str(cutlass)}
+
+    def probed() -> set[str]:
+        build = configure(tmp_path, brought, env)
+        files = list(build.glob("probe_*.o"))
+        for file in files:
+            file.unlink()
+        return {file.stem for file in files}
+
+    def change(path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    device, conv = "probe_cuda", "probe_conv"
+    assert probed() == {device, conv}
+    assert probed() == set()
+    change(tmp_path / "g++", "exec c++ --version", "echo g++ 99.1.0")
+    assert probed() == {device, conv}
+    change(tmp_path / "nvcc", "13.0", "13.1")
+    assert probed() == {device, conv}
+    csrc = tmp_path / "sources" / "csrc"
+    for header in (csrc / "cuda" / "device.cuh", csrc / "cpu" / "kernels.h"):
+        change(header, "#include", "// changed\n#include")
+        assert probed() == {device}
+    change(cutlass / "include" / "cutlass" / "version.h", "MINOR 2", "MINOR 3")
+    assert probed() == {conv}
+    assert probed() == set()
+
+
 GIB = 1 << 30
 AVAILABLE = {"proc/meminfo": f"MemFree: 1 kB\nMemAvailable: {10 * GIB // 1024} kB\n"}
 V2 = "sys/fs/cgroup"
