@@ -72,8 +72,8 @@ def why_not(what: str, shape: Sequence[int], dtype: torch.dtype, k: int, geometr
         return "bf16 multiplies faster directly"
     if reason := switched_off() or _native.why_missing():
         return reason
-    # 4. wgrad is cut by the shape alone where channels are few, so that its sums do not depend on
-    #    the threads; not measured, as 2 threads never want for jobs
+    # 4. where channels are few wgrad is cut by the shape alone, so that these kernels' sums do not
+    #    depend on the threads; not measured, as 2 threads never want for jobs
     threads = torch.get_num_threads()
     if what == "wgrad" and threads > 2:
         sizes = map(int, (n, h, w, c, k, geometry[2], threads))

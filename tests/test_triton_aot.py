@@ -75,6 +75,18 @@ def test_the_committed_tables_are_of_these_kernels():
     assert done.returncode == 0, f"{done.stderr[-2000:]}python tests/aot.py --write TARGET"
 
 
+@pytest.mark.parametrize("path", sorted(aot.TABLE.glob("triton-*.json")), ids=lambda p: p.stem)
+def test_the_page_says_what_the_tables_say(path):
+    """docs/triton.md: kernels, spills, registers, shared memory, programs an SM."""
+    _, version, target = path.stem.split("-", 2)
+    *facts, programs, _ = aot.summary(aot.read_table(path)).split(" | ")
+    many = {int(k): int(n) for n, k in (x.split(" x ") for x in programs.split(", "))}
+    more = sum(n for k, n in many.items() if k > 3)
+    counts = ", ".join(map(str, [*(many.get(k, 0) for k in (1, 2, 3)), more]))
+    page = (Path(__file__).parents[1] / "docs" / "triton.md").read_text()
+    assert " | ".join([f"| {version} {target}", *facts, counts]) in page
+
+
 RECORD = aot.Record(
     target="sm_90", kernel="_conv_fprop_kernel", case="1x1", dtype="bf16", layout="nhwc",
     tile="64x64x64", warps=4, stages=3, registers=128, shared=49152, programs=4, local=0,

@@ -183,7 +183,8 @@ GEOMETRY = [1, 1, 1, 1, 1, 1, 1]
         ("wgrad", {"dtype": torch.bfloat16}, None),
     ],
 )
-def test_winograd_says_why_not(what, change, reason):
+def test_winograd_says_why_not(monkeypatch, what, change, reason):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     args = {"shape": (8, 64, 28, 28), "dtype": torch.float32, "k": 64, "geometry": GEOMETRY,
             "taps": (3, 3), **change}  # fmt: skip
     got = wino.why_not(what, **args)
@@ -252,6 +253,7 @@ def _conv_bn_relu(unit, x):
 
 def test_winograd_runs_in_training_and_not_on_running_statistics(monkeypatch):
     """With running statistics it would show where a value that is not finite spread to."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # with many wgrad has too few jobs
     seen = _calls(monkeypatch)
     unit = _unit()
     x = torch.randn(4, 48, 16, 16).contiguous(memory_format=CL).requires_grad_()
