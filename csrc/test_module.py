@@ -50,14 +50,15 @@ def check_kernels():
     close(rstd, [(v + 1e-5) ** -0.5 for v in variances])
 
 
-asked = os.environ.get("FASTRES_CPU_ISA", _C.isa())
+forced = os.environ.get("FASTRES_CPU_ISA")  # empty: unset, as in runtime.cpp
+asked = forced or _C.isa()
 assert _C.isa() == asked and asked in _C.isas(), (_C.isa(), asked, _C.isas())
 assert hasattr(_C, "cuda") == (sys.argv[1] == "cuda"), sys.argv
 if sys.argv[1] == "cuda":
     assert "ptx80" in _C.cuda.archs().split()
     assert _C.cuda.workspace_floats(2, 1, True, 256, 64, 56 * 56) > 0
 check_kernels()
-if "FASTRES_CPU_ISA" not in os.environ:
+if not forced:
     for isa in _C.isas():
         env = {**os.environ, "FASTRES_CPU_ISA": isa}
         subprocess.run([sys.executable, *sys.argv], env=env, check=True)

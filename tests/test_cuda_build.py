@@ -321,10 +321,15 @@ def test_module_computes_without_torch(tmp_path):
     (tmp_path / library.name).symlink_to(library)
     right, wrong = ("cpu", "cuda") if BUILD is None else ("cuda", "cpu")
     program = [sys.executable, "-S", str(ROOT / "csrc" / "test_module.py")]
-    for expected, code in ((right, 0), (wrong, 1)):
-        env = {"PYTHONPATH": str(tmp_path)}
+    for expected, code, isa in (
+        (right, 0, {}),
+        (right, 0, {"FASTRES_CPU_ISA": ""}),
+        (wrong, 1, {}),
+    ):
+        env = {"PYTHONPATH": str(tmp_path)} | isa
         done = subprocess.run([*program, expected], env=env, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
+        assert ('"compiler"' in done.stdout) == (code == 0)  # the last line, after every ISA
 
 
 # --- builds that go on without it -----------------------------------------------------------------
