@@ -62,6 +62,8 @@ class BuildNative(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(cores())  # CMake: no more than the memory holds
         if not jobs.isdecimal() or int(jobs) < 1:
             raise SystemExit(f"fastres: MAX_JOBS={jobs} is not a number of compilers: 1 or more")
+        if os.environ.get("MAX_JOBS"):
+            os.environ["MAX_JOBS"] = jobs = str(int(jobs))  # 08: CMake takes no other form
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = self.build_folder()
         configure = [tool("cmake"), "-S", str(ROOT), "-B", str(build), *self.cmake_options(cxx)]

@@ -285,19 +285,49 @@ def test_install_setup_never_imports_torch(tmp_path):
     assert (tmp_path / "fastres.egg-info" / "PKG-INFO").is_file()
 
 
+def tree(folder: Path) -> Path:
+    """What setup.py looks at before it compiles."""
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("fastres", "kernels"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").touch()
+    return folder
+
+
 @pytest.mark.slow
 def test_install_without_a_compiler_says_what_to_install(tmp_path):
     """An empty PATH stands for a machine without g++."""
     env = {"PATH": str(tmp_path), "HOME": str(tmp_path)}
-    copy = tmp_path / "src"
-    copy.mkdir()
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("fastres", "kernels"):
-        (copy / name).mkdir()
-        (copy / name / "__init__.py").touch()
     done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext"], cwd=copy, env=env, capture_output=True, text=True
-    )
+        [sys.executable, "setup.py", "build_ext"],
+        cwd=tree(tmp_path / "src"), env=env, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode != 0
     assert "needs a C++ compiler" in done.stderr and "apt-get install g++" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked, passed", [("08", "8"), ("2", "2"), ("0", None), ("-1", None)])
+def test_install_passes_max_jobs_on_as_cmake_takes_it(asked, passed, tmp_path):
+    """CMake is a script here, which writes down what it was asked for."""
+    (tmp_path / "cmake.py").write_text(f"CMAKE_BIN_DIR = {str(tmp_path)!r}\n")
+    (tmp_path / "cmake").write_text(
+        f'#!/bin/sh\necho "$MAX_JOBS $*" >> {tmp_path}/asked\ntest $1 = -S\n'
+    )
+    (tmp_path / "cmake").chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext"], cwd=tree(tmp_path / "src"),
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "MAX_JOBS": asked},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode != 0
+    if passed is None:
+        assert f"MAX_JOBS={asked} is not a number of compilers" in done.stderr
+        assert not (tmp_path / "asked").exists()
+        return
+    assert "the native build failed" in done.stderr
+    first, second = (tmp_path / "asked").read_text().splitlines()
+    assert first.startswith(f"{passed} -S ") and second.startswith(f"{passed} --build ")
+    assert second.endswith(f"-j {passed}")
