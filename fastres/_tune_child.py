@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from fastres import backends, selfcheck, tuning
-from fastres._chosen import checked_rung
+from fastres import _chosen, backends, tuning
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -43,9 +42,11 @@ def check_all(folder: Path, names: list[str], answer: Callable[[str, str | None]
             stack.enter_context(backends.use_backend(found["backend"]))
         if target.dtype is not None:
             stack.enter_context(torch.autocast(kind, target.dtype))
-        self_check(target, names)
-        answer(tuning.STARTED, None)
+        self_check(target)
         for name in names:
+            answer(tuning.CHECKING, None)
+            self_check(target, name)
+            answer(tuning.STARTED, None)
             answer(name, tuning.attempt(target, name))
             try:
                 if kind == "cuda":
@@ -57,16 +58,17 @@ def check_all(folder: Path, names: list[str], answer: Callable[[str, str | None]
                 return answer(name, f"{tuning.LOST}: {tuning.explain(e)}")
 
 
-def self_check(target: tuning.Target, names: list[str]) -> None:
-    """What the candidates would ask of fastres.selfcheck first, which is not to be of their time;
-    the verdicts are kept for them."""
-    x = target.x if target.dtype is None else target.x.to(target.dtype)
+def self_check(target: tuning.Target, name: str | None = None) -> None:
+    """What this candidate, or else every one, would ask of fastres.selfcheck first, which is not to
+    be of its time; the verdicts are kept for it. Not all candidates' at once: a crash is to be the
+    answer of those whose kernels crashed."""
     module: Any = target.module
-    for family in module.families:
-        selfcheck.obstacle(target.x, family)
-    for name in names:
-        with contextlib.suppress(backends.BackendError):  # theirs to say
-            checked_rung("tune", name, x)
+    with contextlib.suppress(Exception):  # the candidate's to say
+        if name is None:
+            _chosen.unproven(target.x, *module.families)
+        else:
+            x = target.x if target.dtype is None else target.x.to(target.dtype)
+            _chosen.checked_rung("tune", name, x)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,10 @@ MIN_ROUNDS = 5
 MAX_ROUNDS = 100
 MIN_SECONDS = 2e-3  # of one timed batch of calls: well above the clock's and a launch's noise
 CHILD_SECONDS = 300.0  # for the check of one candidate in a process of its own
-START_SECONDS = 120.0  # for that process to start: torch's import, and self-checks, which compile
+START_SECONDS = 120.0  # for that process to start, torch's import; and for self-checks: they compile
 CHILD = ("-m", "fastres._tune_child")
-STARTED = "started"  # in the place of a candidate: from here on each has its seconds
+STARTED = "started"  # in the place of a candidate: from here on it has its seconds
+CHECKING = "checking"  # the same: its self-checks, which have START_SECONDS
 LOST = "lost the device"  # how the answer of a candidate begins after which nothing runs there
 NOT_LOADED = ""  # in the place of a candidate: the block cannot be sent there
 
@@ -301,8 +302,8 @@ def run_child(
     folder: Path, names: list[str], seconds: float, deadline: float = math.inf
 ) -> tuple[dict[str, str | None], str | None]:
     """What `fastres._tune_child` answers, and how it ended if not well: a crash or a hang is an
-    answer, not an end. Each answer may take `seconds`, the first START_SECONDS where that is more,
-    until the child says that it has started; TimeLimit after `deadline`."""
+    answer, not an end. Each answer may take `seconds`, the child's start and self-checks
+    START_SECONDS where that is more; TimeLimit after `deadline`."""
     answers, errors = folder / "answers", folder / "errors"
     answers.write_text("")
     where = os.pathsep.join(p or os.getcwd() for p in sys.path)
@@ -312,9 +313,9 @@ def run_child(
             [sys.executable, *CHILD, str(folder), *names],
             stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env,
         )  # fmt: skip
-    ending = None
+    ending, start = None, max(seconds, START_SECONDS)
     try:
-        size, last, most = 0, time.monotonic(), max(seconds, START_SECONDS)
+        size, last, most = 0, time.monotonic(), start
         while ending is None:
             try:
                 code = process.wait(0.05)
@@ -324,7 +325,8 @@ def run_child(
             if now > deadline:
                 raise TimeLimit
             if answers.stat().st_size > size:
-                size, last, most = answers.stat().st_size, now, seconds
+                size, last = answers.stat().st_size, now
+                most = start if _checking(_lines(answers)) else seconds
             elif now - last > most:
                 ending = f"no answer in {most:.0f} s"
     finally:
@@ -335,10 +337,18 @@ def run_child(
         said = errors.read_text(errors="replace").strip().splitlines() if code > 0 else []
         ending = f"crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
         ending += f": {said[-1]}" if said else ""
-    lines = answers.read_text().split("\n")[:-1]
-    found = dict(json.loads(line) for line in lines)
-    found.pop(STARTED, None)
-    return found, ending
+    lines = _lines(answers)
+    if ending is not None and _checking(lines):
+        ending += ", in a self-check"
+    return {n: reason for n, reason in lines if n not in (STARTED, CHECKING)}, ending
+
+
+def _lines(answers: Path) -> list[tuple[str, str | None]]:
+    return [tuple(json.loads(line)) for line in answers.read_text().split("\n")[:-1]]
+
+
+def _checking(lines: list[tuple[str, str | None]]) -> bool:
+    return bool(lines) and lines[-1][0] == CHECKING
 
 
 def _isolated(

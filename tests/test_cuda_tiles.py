@@ -361,7 +361,7 @@ def test_the_child_says_which_candidate_lost_the_device(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "load", lambda *a, **k: {"target": here, "backend": None})
     monkeypatch.setattr(tuning, "attempt", lambda t, n: None)
     answers: list = []
-    monkeypatch.setattr(_tune_child, "self_check", lambda t, names: answers.append("self-checks"))
+    monkeypatch.setattr(_tune_child, "self_check", lambda t, n=None: answers.append(("proven", n)))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     calls = []
 
@@ -372,8 +372,8 @@ def test_the_child_says_which_candidate_lost_the_device(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     _tune_child.check_all(tmp_path, ["b", "c1", "c2"], lambda *a: answers.append(a))
-    started, *answered, lost = answers[1:]
-    assert answers[0] == "self-checks" and started == (tuning.STARTED, None)
-    assert answered == [("b", None), ("c1", None)]
-    name, reason = lost
+    checking, started = (tuning.CHECKING, None), (tuning.STARTED, None)
+    assert answers[:5] == [("proven", None), checking, ("proven", "b"), started, ("b", None)]
+    assert answers[5:-1] == [checking, ("proven", "c1"), started, ("c1", None)]
+    name, reason = answers[-1]
     assert name == "c1" and reason.startswith(tuning.LOST) and "illegal memory access" in reason

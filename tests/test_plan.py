@@ -342,19 +342,57 @@ def test_a_crash_or_a_hang_is_an_answer(monkeypatch):
 
 STARTS = """
 import json, sys, time
-def say(what):
-    with open(sys.argv[1] + "/answers", "a") as file: print(json.dumps([what, None]), file=file)
-time.sleep(1)
+def say(*lines):
+    with open(sys.argv[1] + "/answers", "a") as file:
+        for line in lines: print(json.dumps([line, None]), file=file)
+time.sleep(2.5)
+say("checking", "started", sys.argv[2], "checking")
+time.sleep(2.5)
 say("started")
-say(sys.argv[2])
 time.sleep(60)
 """
 
 
 def test_the_start_of_a_child_is_not_a_candidates_time(monkeypatch):
+    """Nor are its self-checks."""
     monkeypatch.setattr(tuning, "CHILD", ("-S", "-c", STARTS))
-    found = tuning.rejections(block(), ["c1", "c2"], True, seconds=0.3)
-    assert found["c1"] is None and found["c2"] == "no answer in 0 s"
+    found = tuning.rejections(block(), ["c1", "c2"], True, seconds=2.0)
+    assert found == {"c1": None, "c2": "no answer in 2 s"}
+
+
+BROKEN = """
+import os, pathlib, signal, sys
+from fastres import _tune_child, selfcheck
+def verdict(name, device, family, dtype):
+    if family == "convs": os.kill(os.getpid(), signal.SIGKILL)
+selfcheck.ENABLED, selfcheck._verdict = True, verdict
+_tune_child.main(pathlib.Path(sys.argv[1]), sys.argv[2:])
+"""
+
+
+def test_convs_that_crash_in_their_self_check_reject_the_rungs_of_convs(monkeypatch):
+    monkeypatch.setattr(tuning, "CHILD", ("-c", BROKEN))
+    with fastres.use_backend("reference"):
+        found = tuning.rejections(block(), ["b", "c2"], True)
+    assert found == {"b": None, "c2": "crashed (SIGKILL), in a self-check"}
+
+
+def test_convs_whose_self_check_raises_reject_the_rungs_of_convs(monkeypatch, tmp_path):
+    """An AttributeError, too, which loading a class of the user's script may raise."""
+    from fastres import _tune_child, selfcheck
+
+    def verdict(name, device, family, dtype):
+        if family == "convs":
+            raise AttributeError("no such kernel")
+
+    monkeypatch.setattr(selfcheck, "ENABLED", True)
+    monkeypatch.setattr(selfcheck, "_verdicts", {})
+    monkeypatch.setattr(selfcheck, "_verdict", verdict)
+    torch.save({"target": block(), "backend": "reference"}, tmp_path / "block.pt")
+    _tune_child.main(tmp_path, ["b", "c2"])
+    found = dict(tuning._lines(tmp_path / "answers"))
+    assert tuning.NOT_LOADED not in found and found["b"] is None
+    assert found["c2"] == "AttributeError: no such kernel"
 
 
 def test_a_child_that_says_nothing_is_an_answer(monkeypatch):
