@@ -10,14 +10,9 @@ function(fastres_copy_headers source folder)
   endforeach()
 endfunction()
 
-# pybind11_DIR: the copy of the building Python's package; one that is given, or not a package's
-# own folder, as it is.
+# pybind11_DIR: the copy of the building Python's package; another folder that is given and exists, as
+# it is. (What older builds left in the cache is the package's own folder, or one that has vanished.)
 function(fastres_find_pybind11)
-  set(copies "${CMAKE_BINARY_DIR}/headers")
-  cmake_path(IS_PREFIX copies "${pybind11_DIR}" copied)
-  if(pybind11_DIR AND NOT copied)
-    return()
-  endif()
   execute_process(
     COMMAND ${Python_EXECUTABLE} -c
             "import pybind11 as p; print(p.__version__, p.get_cmake_dir(), sep=';')"
@@ -27,6 +22,15 @@ function(fastres_find_pybind11)
   endif()
   list(GET found 0 version)
   list(GET found 1 folder)
+  set(copies "${CMAKE_BINARY_DIR}/headers")
+  cmake_path(IS_PREFIX copies "${pybind11_DIR}" copied)
+  if(EXISTS "${pybind11_DIR}" AND NOT copied)
+    file(REAL_PATH "${pybind11_DIR}" given)
+    file(REAL_PATH "${folder}" own)
+    if(NOT given STREQUAL own)
+      return()
+    endif()
+  endif()
   if(folder MATCHES "^(.*/pybind11)/share/cmake/pybind11$")
     set(package "${CMAKE_MATCH_1}")
     set(copy "${copies}/pybind11-${version}")

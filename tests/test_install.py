@@ -129,8 +129,14 @@ def configure(folder: Path, brought: Path, env: dict[str, str], *options: str) -
     return build
 
 
+def pybind11_dir(build: Path) -> Path:
+    lines = (build / "CMakeCache.txt").read_text().splitlines()
+    return Path(next(v.split("=")[1] for v in lines if v.startswith("pybind11_DIR:")))
+
+
 def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path):
-    """pip's build isolation unpacks CUTLASS and pybind11 elsewhere at every install."""
+    """pip's build isolation unpacks CUTLASS and pybind11 elsewhere at every install; older builds
+    left the folder in the cache."""
     (tmp_path / "sources").symlink_to(ROOT)
     env = compilers(tmp_path) | {"MAX_JOBS": "3"}
     build = tmp_path / "build"
@@ -138,7 +144,10 @@ def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path)
     def install(name: str, change: str) -> str:
         folder = tmp_path / name
         unpack(folder, change)
-        configure(tmp_path, folder, env)
+        share = folder / "pybind11" / "share" / "cmake" / "pybind11"
+        cached = {"first": [f"-Dpybind11_DIR={share}"], "second": ["-Dpybind11_DIR=/vanished"]}
+        configure(tmp_path, folder, env, *cached.get(name, []))
+        assert pybind11_dir(build).is_relative_to(build / "headers")
         output = run([folder / "ninja", "-C", build, "-v"])
         shutil.rmtree(folder)
         return output
@@ -161,13 +170,24 @@ def test_install_compiles_nothing_where_only_the_headers_folder_is_new(tmp_path)
 
 
 def test_install_from_a_tree_without_the_tests(tmp_path):
+    """And with a pybind11 that is given: as it is, unless it is too old."""
     (tmp_path / "sources").mkdir()
     for name in ("CMakeLists.txt", "csrc"):
         (tmp_path / "sources" / name).symlink_to(ROOT / name)
     env = compilers(tmp_path)
-    unpack(tmp_path / "brought")
-    text = (configure(tmp_path, tmp_path / "brought", env) / "build.ninja").read_text()
+    brought = tmp_path / "brought"
+    unpack(brought)
+    given = tmp_path / "given"
+    shutil.copytree(brought / "pybind11", given)
+    share = given / "share" / "cmake" / "pybind11"
+    build = configure(tmp_path, brought, env, f"-Dpybind11_DIR={share}")
+    text = (build / "build.ninja").read_text()
     assert "csrc/cuda/conv_wgrad_sm90.cu" in text and "tma_maps" not in text
+    assert pybind11_dir(build) == share and f"-isystem {given / 'include'}" in text
+    version = share / "pybind11ConfigVersion.cmake"
+    version.write_text(version.read_text().replace('PACKAGE_VERSION "', 'PACKAGE_VERSION "0.'))
+    configure(tmp_path, brought, env)
+    assert pybind11_dir(build) == brought / "pybind11" / share.relative_to(given)
 
 
 def test_install_probes_the_compilers_again_where_something_changed_behind_its_path(tmp_path):
