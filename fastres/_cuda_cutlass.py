@@ -9,6 +9,7 @@ are."""
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -76,8 +77,10 @@ def _sizes_of(shape: tuple[int, ...], weight: Tensor, geometry: list[int]) -> tu
 
 
 @functools.lru_cache(maxsize=1024)
-def _refused(host: bool, dtype: int, sizes: tuple[int, ...]) -> str | None:
-    return built() or _cuda._module().conv_why_not(dtype, sizes) or None
+def _refused(
+    host: ModuleType | None, missing: str | None, dtype: int, sizes: tuple[int, ...]
+) -> str | None:
+    return missing or _cuda._module().conv_why_not(dtype, sizes) or None
 
 
 def conv_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
@@ -92,11 +95,11 @@ def conv_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
     if geometry[-1] != 1:
         return f"groups={geometry[-1]}: the kernels take one group"
     if type(x) is Tensor:
-        return _refused(_cuda.on_host(), *_sizes(x, weight, geometry))
+        return _refused(_cuda._host, built(), *_sizes(x, weight, geometry))
     n, c, h, w = x.shape
     n, h, w = (size if isinstance(size, int) else _OPEN for size in (n, h, w))
     sizes = _sizes_of((n, int(c), h, w), weight, geometry)
-    return _refused(_cuda.on_host(), DTYPE[x.dtype], sizes)
+    return _refused(_cuda._host, built(), DTYPE[x.dtype], sizes)
 
 
 def conv_bwd_pointwise_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:

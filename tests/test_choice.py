@@ -4,15 +4,22 @@ called with: what a call asks of Python and of that module, and torch.compile.""
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cuda_tiles import POINT, TALL, blocks, native  # noqa: F401 (a fixture of the tests here)
+from test_cuda_tiles import (  # noqa: F401 (native: a fixture)
+    POINT,
+    TALL,
+    Native,
+    blocks,
+    native,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastres
 from fastres import _cuda, _cuda_tiles
-from fastres.ops import _choice
+from fastres.ops import _choice, _ladder
 
 
 def test_a_second_call_reads_no_name_and_asks_for_no_list(native):  # noqa: F811
@@ -35,6 +42,24 @@ def test_configs_without_the_kernels_is_an_error(monkeypatch):
     x, w = blocks()[1], torch.empty(16, 64, 1, 1)
     with pytest.raises(fastres.BackendError, match=r"configs: .*without them: no nvcc"):
         _cuda_tiles.configs("fprop", x, w, [1, 1, 0, 0, 1, 1, 1])
+
+
+def test_what_one_build_lacks_is_not_said_of_another(native, monkeypatch):  # noqa: F811
+    """Answers are kept; tests take the kernels away, and stand others in for them."""
+    choice, x = _choice.parse(f"c2 cuda conv1.fprop={TALL}"), blocks()[1]
+    like = torch.empty(16, 64, 1, 1, dtype=x.dtype), [1, 1, 0, 0, 1, 1, 1]
+    assert _cuda.conv_why_not(x, *like) is None and _ladder.cuda_reason(choice, x) is None
+    refusing = Native()
+    refusing.conv_why_not = lambda *_: "too large"
+    monkeypatch.setattr(_cuda, "_host", refusing)
+    assert _cuda.conv_why_not(x, *like) == "too large"
+    monkeypatch.setattr(_cuda, "_host", None)
+    said = []
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=x.dtype)
+    for why in ("no nvcc", "no CUTLASS"):
+        monkeypatch.setattr(_cuda, "built", lambda why=why: why)
+        said.append((_cuda.conv_why_not(x, *like), _ladder.cuda_reason(choice, on_gpu)))
+    assert said == [("no nvcc",) * 2, ("no CUTLASS",) * 2]
 
 
 def test_code_for_a_family_runs_on_its_newer_members():

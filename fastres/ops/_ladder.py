@@ -103,12 +103,18 @@ def check_fusion(op: str, fusion: str | None, x: Tensor) -> str:
 def cuda_reason(choice: Choice, x: Tensor) -> str | None:
     """Why the passes that a choice gives to the cuda backend's convs cannot run there; None when
     they can, or there are none."""
-    return _cuda_reason(choice, x.device, x.dtype, _cuda._host) if choice.cuda else None
+    if not choice.cuda:
+        return None
+    return _cuda_reason(choice, x.device, x.dtype, _cuda._host, _cuda.built())
 
 
-@functools.lru_cache(maxsize=1024)  # asked three times a call; nothing of it changes in a process
+@functools.lru_cache(maxsize=1024)  # asked three times a call; only tests change the last two
 def _cuda_reason(
-    choice: Choice, device: torch.device, dtype: torch.dtype, host: ModuleType | None
+    choice: Choice,
+    device: torch.device,
+    dtype: torch.dtype,
+    host: ModuleType | None,
+    built: str | None,
 ) -> str | None:
     reason = backends.supports("cuda", device, dtype) or _cuda.conv_missing(device)
     return reason or unbuilt(choice)
