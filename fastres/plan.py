@@ -284,7 +284,9 @@ def merge(path: Path, who: dict[str, str], entries: dict[Key, Entry]) -> None:
 # --- lookup ---------------------------------------------------------------------------------------
 
 
-def _known(path: Path | str, entries: dict[Key, Entry]) -> dict[Key, Entry]:
+def _known(
+    path: Path | str, entries: dict[Key, Entry], advice: str = "run fastres.tune again"
+) -> dict[Key, Entry]:
     """The entries without those on CUDA convs, or a tile, that this build does not have."""
     from fastres.ops._choice import parse, unbuilt
 
@@ -296,8 +298,8 @@ def _known(path: Path | str, entries: dict[Key, Entry]) -> dict[Key, Entry]:
             continue
         shape = "x".join(map(str, key.shape))
         log.warning(
-            "fastres: the plan %s has %r for %s on %s: %s; ignored, run fastres.tune again",
-            path, entry.choice, key.block, shape, reason,
+            "fastres: the plan %s has %r for %s on %s: %s; ignored, %s",
+            path, entry.choice, key.block, shape, reason, advice,
         )  # fmt: skip
     return found
 
@@ -386,7 +388,8 @@ def synchronise(device: torch.device) -> None:
     box: list[Any] = [(plan.packaged, plan.cached) if distributed.get_rank() == 0 else None]
     distributed.broadcast_object_list(box, src=0, device=_wire(device))
     if distributed.get_rank() > 0:
-        plan.packaged, plan.cached = (_known("of rank 0", entries) for entries in box[0])
+        advice = "install fastres with these kernels on every rank"
+        plan.packaged, plan.cached = (_known("of rank 0", e, advice) for e in box[0])
     plan.version = next(_versions)
 
 

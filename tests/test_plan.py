@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -655,7 +656,9 @@ def test_all_ranks_follow_rank_0(cache, tmp_path):
     found = dict(queue.get(timeout=120) for _ in ranks)
     for r in ranks:
         r.join(60)
-    assert found == {0: ("eager", "c2 cuda all"), 1: ("eager", "b")}
+    *choices, said = zip(*(found[r] for r in (0, 1)), strict=True)
+    assert choices == [("eager", "eager"), ("c2 cuda all", "b")]
+    assert said[0] == [] and len(said[1]) == 1 and "no nvcc; ignored, install fas" in said[1][0]
 
 
 def _rank(rank: int, store: str, folder: str, queue) -> None:
@@ -674,10 +677,14 @@ def _rank(rank: int, store: str, folder: str, queue) -> None:
     cuda.use_host(Native() if rank == 0 else None)
     cuda.built = lambda: "fastres._C was built without them: no nvcc"
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("fastres").addHandler(handler)
     fastres.convert(model)
     with torch.no_grad():
         inference = choice_of(model.layer1[0], x)[0]
-    queue.put((rank, (choice_of(model.layer1[0], x)[0], inference)))
+    queue.put((rank, (choice_of(model.layer1[0], x)[0], inference, said)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
