@@ -705,19 +705,29 @@ def test_the_joint_kernel_refuses_groups(triton):
 
 
 @pytest.mark.parametrize(
-    "arch, k, taken",
-    [("sm_90", 35, True), ("sm_90", 140, False), ("sm_80", 35, False), ("gfx942", 128, True)],
+    "arch, dtype, c, k, taken",
+    [
+        ("sm_90", torch.bfloat16, 36, 35, True),
+        ("sm_90", torch.bfloat16, 36, 140, False),
+        ("sm_90", torch.float32, 35, 64, False),  # 36 channels are whole 16 bytes
+        ("sm_80", torch.bfloat16, 36, 35, False),
+        ("sm_100", torch.bfloat16, 36, 35, False),
+        ("sm_100", torch.float32, 35, 64, False),
+        ("gfx942", torch.bfloat16, 36, 128, True),
+        ("gfx942", torch.float32, 35, 64, False),
+    ],
 )
-def test_the_joint_kernel_refuses_odd_channels(triton, monkeypatch, arch, k, taken):
+def test_the_joint_kernel_refuses_odd_channels(triton, monkeypatch, arch, dtype, c, k, taken):
     """Where it would spill."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # no kernel at all else
     from fastres.kernels import _conv_bwd_pointwise, _conv_config
 
     for module in (_conv_config, _conv_bwd_pointwise):
         monkeypatch.setattr(module, "arch_of", lambda device: _conv_config.ARCHS[arch])
-    x = torch.zeros(1, 36, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    reason = triton.conv_bwd_pointwise_why_not(x, torch.zeros(k, 36, 1, 1), [1, 1, 0, 0, 1, 1, 1])
+    x = torch.zeros(1, c, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    reason = triton.conv_bwd_pointwise_why_not(x, torch.zeros(k, c, 1, 1), [1, 1, 0, 0, 1, 1, 1])
     assert reason is None if taken else "no whole 16 bytes" in reason
-    aligned = torch.zeros(1, 32, 4, 4, dtype=torch.bfloat16)
+    aligned = torch.zeros(1, 32, 4, 4, dtype=dtype)
     weight = torch.zeros(64, 32, 1, 1)
     assert triton.conv_bwd_pointwise_why_not(aligned, weight, [1, 1, 0, 0, 1, 1, 1]) is None
 
