@@ -303,6 +303,22 @@ def test_odd_channels_round_the_mask_up_and_groups_divide_the_weights():
     assert moved.writes == {"y": 2 * 64 * 49 * 2} and moved.flops == 2 * 2 * 64 * 49 * 8 * 9
 
 
+@pytest.mark.parametrize(
+    "dtype, width, joint",
+    [
+        ("fp32", 32, ["1.conv1", "1.conv3"]),  # 128 to 32 channels, and back
+        ("fp32", 35, []),
+        ("bf16", 36, ["1.conv1"]),  # 144 to 36; 36 to 144 are too many for odd ones
+        ("bf16", 40, ["1.conv1", "1.conv3"]),
+    ],
+)
+def test_odd_channels_join_the_backward_as_on_sm_90(dtype, width, joint):
+    c = 4 * width
+    net = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), Bottleneck(c, width))
+    kernels = roofline.model(net, (2, c, 8, 8), dtype, "d").kernels
+    assert sorted(k.path for k in kernels if k.op == "dgrad_wgrad") == joint
+
+
 def test_strided_convs_read_the_pixels_they_touch():
     even = roofline.ConvShape(1, 1, 8, 8, 1, 1, 1, (2, 2))
     odd = roofline.ConvShape(1, 1, 7, 9, 1, 1, 1, (2, 2))

@@ -214,8 +214,7 @@ class Fused:
         names = ("dres", "dres bits", "y_end", "y_short", "bits", "g_in", "dx")
         rows = {name: END for name in names} if ends else {}
         note = ",".join(p for p in (dy, x_prologue) if p != "none") or "none"
-        most = traffic.JOINT_CHANNELS[dtype] if self.name == "d" and shape.pointwise else 0
-        if most >= shape.K and dx and dw:
+        if self.name == "d" and shape.joint(dtype) and dx and dw:
             moved = traffic.dgrad_wgrad(shape, dtype, dy, x_prologue, epilogue, dres_mask)
             name = "dgrad_wgrad"
             return [

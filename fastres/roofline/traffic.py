@@ -24,6 +24,8 @@ DGRAD_EPILOGUES = ("none", "add", "gate_sums", "add_gate_sums", "dual_add_gate_s
 # Output channels whose dw a program of dgrad_wgrad holds, in a tile of 32 input channels: the table
 # of sm_90 (kernels/_conv_config.py; fp32 as TF32). Wider 1x1 convs run dgrad and wgrad apart.
 JOINT_CHANNELS = {"fp32": 128, "bf16": 256, "fp16": 256}
+# The same where a pixel's channels, C or K, are no whole 16 bytes (joint_odd there).
+JOINT_ODD = {"fp32": 0, "bf16": 128, "fp16": 128}
 
 Shape = tuple[int, ...]
 
@@ -134,6 +136,12 @@ class ConvShape:
         """1x1, stride 1, one group: a plain matrix product."""
         one = (self.R, self.S, self.stride, self.padding) == (1, 1, (1, 1), (0, 0))
         return one and self.groups == 1
+
+    def joint(self, dtype: str) -> bool:
+        """Whether `dgrad_wgrad` takes it."""
+        odd = (self.C * itemsize(dtype)) % 16 != 0 or (self.K * itemsize(dtype)) % 16 != 0
+        most = (JOINT_ODD if odd else JOINT_CHANNELS)[dtype]
+        return self.pointwise and most >= self.K
 
     @property
     def x_read(self) -> Shape:
@@ -264,8 +272,8 @@ def dgrad_wgrad(
     epilogue: str = "none",
     dres_mask: bool = False,
 ) -> Traffic:
-    """`dgrad` and `wgrad` in one kernel, each operand read once; 1x1 stride 1 only, and at most
-    `JOINT_CHANNELS` output channels (not checked here)."""
+    """`dgrad` and `wgrad` in one kernel, each operand read once; 1x1 stride 1 only, and as many
+    output channels as `ConvShape.joint` says (not checked here)."""
     if not shape.pointwise:
         raise ValueError(
             f"roofline: dgrad_wgrad is for 1x1 convs of stride 1, got {shape.R}x{shape.S} stride "
