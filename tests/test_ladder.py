@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.nn.functional as F
-from common import TOLERANCES, backend
+from common import INTERPRETED, TOLERANCES, backend
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -168,6 +168,7 @@ def error(v: Tensor, want: Tensor, rms: bool) -> float:
     return float(d.abs().max() / want.abs().max())
 
 
+GROUPS = 2 if INTERPRETED else 4  # a program each, one after the other
 STAGES = {
     "bottleneck": lambda: make("bottleneck"),
     "bottleneck, one block": lambda: make("bottleneck", blocks=1),
@@ -177,9 +178,9 @@ STAGES = {
     "bottleneck, C 35": lambda: make("bottleneck", width=35, size=7),
     "basic": lambda: make("basic"),
     "basic, three": lambda: make("basic", blocks=3, width=24, size=7, stride=1),
-    "grouped": lambda: make("bottleneck", groups=2),
+    "grouped": lambda: make("bottleneck", groups=GROUPS),
     "grouped, uneven": lambda: make("bottleneck", width=24, groups=2, blocks=1, size=7),
-    "basic, grouped": lambda: make("basic", groups=2),
+    "basic, grouped": lambda: make("basic", groups=GROUPS),
     "dilated": lambda: make("basic", dilation=2, stride=1),
     "frozen BN": lambda: make("bottleneck", training="none"),
     "some BN frozen": lambda: make("bottleneck", training="mixed", blocks=3),
@@ -213,15 +214,17 @@ def test_an_input_that_needs_no_gradient(rung):
 
 
 # bf16 and fp16 on larger maps, where the gates that flip are many enough to average out. c1, whose
-# forms c2 has but for the backward's, on half of the stages.
+# forms c2 has but for the backward's, on half of the stages where the interpreter runs them.
 C1 = ("bottleneck", "bottleneck, large", "basic, large", "bottleneck, C 35", "grouped", "frozen BN")
 TRITON = [
     pytest.param(name, rung, dtype, id=f"{name}-{rung}-{dtype}")
     for name in STAGES
     for rung in RUNGS
     for dtype in (("bf16", "fp16") if name.endswith("large") else ("fp32",))
-    if rung != "c1" or name in C1
-    if dtype != "fp16" or (rung in ("c2", "d")) == name.startswith("bottleneck")  # each rung once
+    if rung != "c1" or name in C1 or not INTERPRETED
+    if dtype != "fp16"  # each rung once
+    or (rung in ("c2", "d")) == name.startswith("bottleneck")
+    or not INTERPRETED
 ]
 
 
@@ -243,7 +246,7 @@ def test_every_rung_on_triton(name, rung, dtype):
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("rung", ("b", "d"))
+@pytest.mark.parametrize("rung", ("b", "d") if INTERPRETED else RUNGS)
 def test_two_runs_agree_bit_for_bit(rung):
     backend("triton")
     stage = STAGES["bottleneck"]()
