@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 _POOL_SYMBOL = "torch_parallel_for"
+_NEWEST = "winograd_wgrad_jobs"  # of csrc/bindings.cpp's functions: what older builds do not have
 
 
 @functools.cache
@@ -27,6 +28,15 @@ def _load() -> tuple[ModuleType | None, str | None, str | None]:
             (
                 f"the extension fastres._C does not load in {folder} ({found}: {error}); "
                 "build it with `pip install -e .` in the repository, which needs a C++ compiler"
+            ),
+            None,
+        )
+    if not hasattr(_C, _NEWEST):
+        return (
+            None,
+            (
+                f"the extension {getattr(_C, '__file__', 'fastres._C')} was built from other "
+                f"sources, without {_NEWEST}: `pip install -e .` again in the repository"
             ),
             None,
         )

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -234,6 +235,17 @@ def test_doctor_without_the_native_module(run, monkeypatch):
     assert "off: the extension does not load" in out
     assert out.rstrip().endswith("NOT usable: the native module is missing (see above)")
     assert doctor.examine()["threads"]["pool"] == "none: the native module is missing"
+
+
+def test_a_native_module_of_older_sources_is_missing(monkeypatch):
+    """As after `git pull`: said once, not an AttributeError in a training step."""
+    from fastres import _native
+
+    old = SimpleNamespace(__file__="there/_C.so", isa=lambda: "portable")
+    monkeypatch.setattr(fastres, "_C", old, raising=False)
+    module, missing, _ = _native._load.__wrapped__()
+    assert module is None and "there/_C.so was built from other sources" in missing
+    assert "`pip install -e .` again" in missing
 
 
 def test_doctor_shows_malloc_variables(monkeypatch):
