@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from fastres.bench.environment import one_line
@@ -29,6 +30,7 @@ How the numbers are made: [benchmarking.md](benchmarking.md). A ratio is how man
 median over rounds in which all variants took turns, with its quartiles in brackets. roof: percent of what the kernels' bytes and FLOPs allow on
 that machine ([roofline.md](roofline.md)). saved: bytes kept for the backward.
 """  # noqa: E501
+TORCH = ("eager", "compile", "compile max-autotune")  # PyTorch's own baselines
 SUITES = (
     ("network", "Networks"),
     ("block", "Residual blocks"),
@@ -127,6 +129,29 @@ def suite_table(suite: str, rows: list[dict[str, Any]]) -> list[str]:
     return table(head, body)
 
 
+def standing(rows: list[dict[str, Any]]) -> str:
+    """Of networks: how much faster than the faster of PyTorch's own ways."""
+    worst: dict[str, float] = {}
+    compiled = 0
+    for row in rows:
+        found = {b["name"]: b["ratio"]["median"] for b in row["baselines"] if b["ratio"]}
+        mine = {name: found[name] for name in TORCH if name in found}
+        compiled += len(mine) > 1
+        if mine:
+            worst[f"{row['name']} {row['mode']} {row['dtype']} batch {row['batch']}"] = min(
+                mine.values()
+            )
+    if not worst:
+        return "No case has a baseline."
+    least = min(worst, key=lambda name: worst[name])
+    return (
+        f"Against the faster of eager and torch.compile (timed in {compiled} of {len(rows)}): "
+        f"geometric mean {geometric_mean(worst.values()):.2f}x, "
+        f"least {worst[least]:.2f}x ({least}), "
+        f"{sum(r >= 1 for r in worst.values())} of {len(worst)} at 1.0x or more."
+    )
+
+
 def suites_section(result: Result) -> list[str]:
     """A table for each suite that the file has, and what it lacks."""
     own, rows = result.data["fastres"], result.rows()
@@ -146,6 +171,7 @@ def suites_section(result: Result) -> list[str]:
         found = [row for row in rows if row["suite"] == suite]
         if found:
             lines += [f"### {title}", "", *suite_table(suite, found)]
+            lines += [standing(found), ""] if suite == "network" else []
     failed: dict[str, int] = {}
     for row in rows:
         for b in row["baselines"]:

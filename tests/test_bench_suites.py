@@ -22,7 +22,17 @@ ROOT = Path(fastres.__file__).resolve().parents[1]
 if not (ROOT / "bench" / "report.py").is_file():
     pytest.skip("bench/ is part of a checkout", allow_module_level=True)
 
-from bench import cases, compare, networks, report, results, session, shapes, timing  # noqa: E402
+from bench import (  # noqa: E402
+    cases,
+    compare,
+    networks,
+    peers,
+    report,
+    results,
+    session,
+    shapes,
+    timing,
+)
 
 COMMITTED = ROOT / "bench" / "results" / "cpu-resnet50.json"
 
@@ -404,6 +414,28 @@ def test_committed_page_is_what_the_committed_results_render():
         "run: fastres bench --report"
     )
     assert all((ROOT / "docs" / report.CHARTS / name).is_file() for name in drawn)
+
+
+def test_networks_are_held_against_the_faster_of_eager_and_compile():
+    def case(name, **ratios):
+        found = [{"name": n, "ratio": r and {"median": r}} for n, r in ratios.items()]
+        return {"name": name, "mode": "train", "dtype": "bf16", "batch": 8, "baselines": found}
+
+    rows = [case("a", eager=2.0, compile=0.5, openvino=0.1), case("b", eager=2.0, compile=None)]
+    assert report.standing(rows) == (
+        "Against the faster of eager and torch.compile (timed in 1 of 2): geometric mean 1.00x, "
+        "least 0.50x (a train bf16 batch 8), 1 of 2 at 1.0x or more."
+    )
+
+
+@pytest.mark.parametrize("asked, compiled", [("", 1), ("compile", 2), ("full", 2)])
+def test_compile_is_a_baseline_where_asked(asked, compiled):
+    made = session.Session(**({asked: True} if asked else {}))
+    some = [c for c in cases.network_cases("cpu") if c.name == "resnet18" and c.batch == 8][:2]
+    assert [c.compile for c in some] == [True, False]
+    reasons = [peers.not_compiled(made, c, "network") for c in some]
+    assert reasons.count(None) == compiled
+    assert all("--compile" in r for r in reasons if r)
 
 
 def test_report_without_results_and_without_a_folder(tmp_path, capsys):
