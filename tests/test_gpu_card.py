@@ -280,3 +280,15 @@ def test_a_bare_machine_runs_the_module_that_was_brought_back(tmp_path, monkeypa
     where = json.loads((tmp_path / "answers").read_text())
     assert done.returncode == 0 and done.stdout.endswith(", None)\n"), done.stdout + done.stderr
     assert [Path(p).parent for p in where] == [clone / "fastres", clone / "fastres" / "kernels"]
+
+
+def test_every_conv_of_the_cpp_kernels_has_its_flops():
+    """The rate that is asked of each conv; bytes only where one kernel forms the operands."""
+    convs = [c for c in kernels.all_cases(False) if c.c2 and c.op in ("fprop", "dgrad", "wgrad")]
+    assert {c.op for c in convs} == {"fprop", "dgrad", "wgrad"}
+    for case in convs:
+        vendor = lib.moved(case, "vendor", "bf16")
+        for v in set(lib.variants(case)) & {"cuda", "cutlass"}:
+            assert lib.flops(case, v, "bf16") == vendor.flops > 0, case
+        alone = lib.moved(case, "cuda", "bf16") is not None
+        assert alone == (case.shape.pointwise or (case.h, case.dy) == ("none", "none"))

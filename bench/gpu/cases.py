@@ -390,8 +390,9 @@ def moved(case: Case, variant: str, dtype: str) -> Traffic | None:
             return {"fprop": traffic.fprop, "dgrad": traffic.dgrad, "wgrad": traffic.wgrad}[
                 case.op
             ](s, dtype)
-        formed = case.h != "none" or case.dy != "none"  # by passes of their own
-        if variant not in ("fused", "d") and (variant not in ("cuda", "cutlass") or formed):
+        formed = case.h != "none" or case.dy != "none"
+        passes = formed and (variant == "cutlass" or not s.pointwise)  # the 1x1 kernels need none
+        if variant not in ("fused", "d") and (variant not in ("cuda", "cutlass") or passes):
             return None
         if case.op == "fprop":
             return traffic.fprop(s, dtype, case.h, case.epilogue)
@@ -414,6 +415,15 @@ def moved(case: Case, variant: str, dtype: str) -> Traffic | None:
     if op == "relu_bwd":
         return traffic.relu_bwd(s, dtype)
     return getattr(traffic, op)(s, pooled(s), dtype)
+
+
+def flops(case: Case, variant: str, dtype: str) -> int | None:
+    """FLOPs of a conv by the C++ kernels, whoever forms its operands; None of anything else."""
+    s = case.shape
+    formulas = {"fprop": traffic.fprop, "dgrad": traffic.dgrad, "wgrad": traffic.wgrad}
+    if not isinstance(s, ConvShape) or variant not in ("cuda", "cutlass"):
+        return None
+    return formulas[case.op](s, dtype).flops if case.op in formulas else None
 
 
 def _put(s: Set, name: str, value: Tensor | None) -> None:

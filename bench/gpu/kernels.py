@@ -307,6 +307,8 @@ def measure(device: Device, case: Case, good: list[str], found: dict[str, float]
                 "bytes": work.bytes, "flops": work.flops, "GB/s": work.bytes / median / 1e9,
                 "TFLOP/s": work.flops / median / 1e12, "percent": 100 * least / median,
             }  # fmt: skip
+        elif (count := lib.flops(case, v, NAME)) is not None:  # bytes: of several kernels
+            entry |= {"flops": count, "TFLOP/s": count / entry["us"] / 1e6}
         if base is not None and v != base:
             entry["against"] = {base: ratio(seconds, times[base])}
         variants[v] = entry
