@@ -28,7 +28,7 @@ if not (ROOT / "bench" / "gpu").is_dir():
     pytest.skip("bench/ is part of a checkout", allow_module_level=True)
 
 from bench.gpu import cases as lib  # noqa: E402
-from bench.gpu import checks, device, kernels, nets, networks, record  # noqa: E402
+from bench.gpu import checks, device, kernels, nets, networks, record, work  # noqa: E402
 
 
 class Cuda:
@@ -287,8 +287,8 @@ def test_every_conv_of_the_cpp_kernels_has_its_flops():
     convs = [c for c in kernels.all_cases(False) if c.c2 and c.op in ("fprop", "dgrad", "wgrad")]
     assert {c.op for c in convs} == {"fprop", "dgrad", "wgrad"}
     for case in convs:
-        vendor = lib.moved(case, "vendor", "bf16")
+        vendor = work.moved(case, "vendor", "bf16")
         for v in set(lib.variants(case)) & {"cuda", "cutlass"}:
-            assert lib.flops(case, v, "bf16") == vendor.flops > 0, case
-        alone = lib.moved(case, "cuda", "bf16") is not None
+            assert work.flops(case, v, "bf16") == vendor.flops > 0, case
+        alone = work.moved(case, "cuda", "bf16") is not None
         assert alone == (case.shape.pointwise or (case.h, case.dy) == ("none", "none"))

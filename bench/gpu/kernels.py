@@ -33,6 +33,7 @@ from bench.gpu.numbers import (
 )
 from bench.gpu.pool import parallel_workers, run_jobs
 from bench.gpu.record import Record
+from bench.gpu.work import flops, moved
 from fastres.roofline import ConvShape
 
 DTYPE, NAME = torch.bfloat16, "bf16"
@@ -84,7 +85,7 @@ def expected(cases: Sequence[Case]) -> dict[str, Any]:
         elif case.op in convs and "cuda" in taken:
             convs[case.op] += case.c2
         for v in lib.variants(case):
-            if v in taken and lib.moved(case, v, NAME) is not None:
+            if v in taken and moved(case, v, NAME) is not None:
                 ops[label(case.op, v)] += 1
                 if v != "cutlass":
                     forms.setdefault(form(case), Counter())[LABELS[v]] += 1
@@ -299,15 +300,15 @@ def measure(device: Device, case: Case, good: list[str], found: dict[str, float]
     variants: dict[str, Any] = {}
     for v, seconds in times.items():
         entry: dict[str, Any] = {**summary(seconds), "method": shots[v].method}
-        work = lib.moved(case, v, NAME)
-        if work is not None:
+        kernel = moved(case, v, NAME)
+        if kernel is not None:
             median = entry["us"] / 1e6
-            least = max(work.bytes / found["bandwidth"], work.flops / found["rate"])
+            least = max(kernel.bytes / found["bandwidth"], kernel.flops / found["rate"])
             entry |= {
-                "bytes": work.bytes, "flops": work.flops, "GB/s": work.bytes / median / 1e9,
-                "TFLOP/s": work.flops / median / 1e12, "percent": 100 * least / median,
+                "bytes": kernel.bytes, "flops": kernel.flops, "GB/s": kernel.bytes / median / 1e9,
+                "TFLOP/s": kernel.flops / median / 1e12, "percent": 100 * least / median,
             }  # fmt: skip
-        elif (count := lib.flops(case, v, NAME)) is not None:  # bytes: of several kernels
+        elif (count := flops(case, v, NAME)) is not None:  # bytes: of several kernels
             entry |= {"flops": count, "TFLOP/s": count / entry["us"] / 1e6}
         if base is not None and v != base:
             entry["against"] = {base: ratio(seconds, times[base])}
