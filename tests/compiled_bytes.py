@@ -56,6 +56,11 @@ CHUNKS = 3
 # --- a launch -------------------------------------------------------------------------------------
 
 
+def launched(kernel, args, num_warps, num_stages=None, maxnreg=None, **constants) -> Launch:
+    """A call of `fastres.kernels._launch.launch`, whose case nobody asks for."""
+    return Launch("", "", "", kernel, args, num_warps, num_stages, maxnreg, constants)
+
+
 def parameters(launch: Launch, source, compiled) -> list:
     """The launch's arguments as its PTX takes them."""
     boxes = iter(getattr(compiled.metadata, "tensordesc_meta", None) or [])
@@ -94,8 +99,8 @@ def compiled_for(target: str, seen: Callable[[str, object], None] = lambda name,
 
     @contextlib.contextmanager
     def counted() -> Iterator[Callable]:
-        def run(memory, _, kernel, programs, args, num_warps, num_stages=None, maxnreg=None, **c):
-            launch = Launch("", "", "", kernel, args, num_warps, num_stages, maxnreg, c)
+        def run(memory, _, kernel, programs, *options, **constants):
+            launch = launched(kernel, *options, **constants)
             source, compiled = aot.compiled_of(target, launch)
             seen(kernel.__name__, compiled)
             given = parameters(launch, source, compiled)
@@ -193,9 +198,8 @@ def digest(target: str, part: str, rung: str) -> str:
 
     @contextlib.contextmanager
     def captured() -> Iterator[Callable]:
-        def run(memory, _, kernel, programs, args, num_warps, num_stages=None, maxnreg=None, **c):
-            options = num_warps, num_stages, maxnreg
-            found.add(aot.digest(Launch("", "", "", kernel, args, *options, c)))
+        def run(memory, _, kernel, programs, *options, **constants):
+            found.add(aot.digest(launched(kernel, *options, **constants)))
 
         with aot_cases.capture(target), few_chunks(target):
             yield run

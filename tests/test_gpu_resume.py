@@ -27,6 +27,14 @@ from bench.gpu.stages import (
 from bench.gpu.state import open_state
 
 
+def on_a_card(monkeypatch, run_stage):
+    """The run-book believes that there is one, and runs its stages by run_stage."""
+    monkeypatch.setattr(record, "environment", lambda dry: {})
+    monkeypatch.setattr(record, "smi", lambda: None)
+    monkeypatch.setattr(runbook, "run_stage", run_stage)
+    monkeypatch.setattr(runbook, "no_gpu", lambda: None)
+
+
 def test_three_calls_hold_all_stages(capsys):
     """In 1,800 s, the starts of the machine included."""
     assert len(CALLS) == 3 and 3 * (CALL_SECONDS + START_SECONDS) <= LENT_SECONDS == 1800
@@ -78,10 +86,7 @@ def test_a_build_is_repeated_in_every_call(tmp_path, monkeypatch, capsys):
         record.Record(out, stage.name, dry, limit, "a test").save("done")
         return {"status": "done", "seconds": 1}
 
-    monkeypatch.setattr(record, "environment", lambda dry: {})
-    monkeypatch.setattr(record, "smi", lambda: None)
-    monkeypatch.setattr(runbook, "run_stage", run_stage)
-    monkeypatch.setattr(runbook, "no_gpu", lambda: None)
+    on_a_card(monkeypatch, run_stage)
     for call in CALLS:
         args = ["--out", str(tmp_path), "--call", str(call)]
         assert runbook.main(args if call == 1 else [*args, "--resume"]) == 0
@@ -101,10 +106,7 @@ def test_a_later_call_ends_with_what_an_earlier_one_left(tmp_path, monkeypatch):
         how = "failed" if stage.name == "tests" else "partial"
         return {"status": how if stage.name in left else "done", "seconds": 1}
 
-    monkeypatch.setattr(record, "environment", lambda dry: {})
-    monkeypatch.setattr(record, "smi", lambda: None)
-    monkeypatch.setattr(runbook, "run_stage", run_stage)
-    monkeypatch.setattr(runbook, "no_gpu", lambda: None)
+    on_a_card(monkeypatch, run_stage)
     assert runbook.main(["--out", str(tmp_path), "--call", "1"]) == 1
     ran.clear()
     left.discard("kernels")
@@ -127,10 +129,7 @@ def test_a_later_call_runs_what_a_killed_one_never_began(tmp_path, monkeypatch):
         record.Record(out, stage.name, dry, limit, "a test").save("done")
         return {"status": "done", "seconds": 1}
 
-    monkeypatch.setattr(record, "environment", lambda dry: {})
-    monkeypatch.setattr(record, "smi", lambda: None)
-    monkeypatch.setattr(runbook, "run_stage", run_stage)
-    monkeypatch.setattr(runbook, "no_gpu", lambda: None)
+    on_a_card(monkeypatch, run_stage)
     with pytest.raises(SystemExit):
         runbook.main(["--out", str(tmp_path), "--call", "1"])
     ran.clear()
