@@ -88,7 +88,7 @@ def switched_off() -> str | None:
 
 
 @functools.lru_cache(1024)
-def _runs(what, shape, dtype, k, geometry, taps, threads) -> bool:
+def _runs(what, shape, dtype, k, geometry, taps, threads) -> bool:  # threads: why_not asks torch
     return why_not(what, shape, dtype, k, geometry, taps) is None
 
 

@@ -367,14 +367,12 @@ def _isolated(
             batch, limit = _tune_cuda.batch(left, seconds)
             answers, ending = run_child(folder, batch, limit, deadline)
             found |= answers
-            gone = [n for n in batch if (found.get(n) or "").startswith(LOST)]
-            if gone:
-                first = gone[-1]
-            elif ending is not None or not answers:
-                first = next((n for n in batch if n not in found), batch[-1])
-            else:
+            lost = [n for n in batch if (found.get(n) or "").startswith(LOST)]
+            if not lost and ending is None and answers:
                 continue
-            reason = found.setdefault(first, ending or "no answer") or ending or "no answer"
+            first = lost[-1] if lost else next((n for n in batch if n not in found), batch[-1])
+            ending = ending or "no answer"
+            reason = found.setdefault(first, ending) or ending
             found |= _tune_cuda.give_up(first, reason, [n for n in left if n not in found])
     if NOT_LOADED in found:
         log.warning(
