@@ -292,3 +292,65 @@ def test_every_conv_of_the_cpp_kernels_has_its_flops():
             assert work.flops(case, v, "bf16") == vendor.flops > 0, case
         alone = work.moved(case, "cuda", "bf16") is not None
         assert alone == (case.shape.pointwise or (case.h, case.dy) == ("none", "none"))
+
+
+def test_the_card_is_on_record(monkeypatch):
+    from fastres.bench import environment
+
+    asked = []
+
+    def nvidia_smi(argv):
+        asked.append(argv[1])
+        return ", ".join(k.upper() for k in record.SMI.split(",")) + "\nsecond card"
+
+    monkeypatch.setattr(environment, "command_output", nvidia_smi)
+    found = record.smi()
+    assert found["uuid"] == "UUID" and found["driver_version"] == "DRIVER_VERSION"
+    assert "uuid" in asked[0] and found["pci.bus_id"] == "PCI.BUS_ID"
+
+
+def test_the_timer_of_a_gpu_calls_what_torch_has(monkeypatch):
+    """Warms up on a stream of its own, captures a graph, times its replay between two events."""
+    did, now = [], [0.0]
+
+    class Graph:
+        def replay(self) -> None:
+            did.append("replay")
+            now[0] += 0.5
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def elapsed_time(self, end) -> float:
+            return 1e3 * (end.at - self.at)
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        did.append("capture")
+        yield
+        did.append("captured")
+
+    stream = SimpleNamespace(wait_stream=lambda other: did.append("wait"))
+    fakes = {
+        "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": lambda: stream,
+        "current_stream": lambda: stream, "synchronize": lambda: None,
+        "stream": lambda s: contextlib.nullcontext(),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def call() -> None:
+        did.append("call")
+        now[0] += 0.25
+
+    timer = device.CudaTimer()
+    shot = timer.shot([call], seconds=1.0)
+    assert did == ["wait", "call", "call", "wait", "call", "capture", *["call"] * 4, "captured"]
+    assert (shot.calls, shot.method, shot.run()) == (4, "graph", 0.125) and did[-1] == "replay"
+    plain = timer.shot([call, call], seconds=1.0, graph=False)
+    assert (plain.calls, plain.method, plain.run()) == (4, "events", 0.25)

@@ -14,6 +14,7 @@ import pytest
 from bench.gpu import checks, child, probes, record
 from bench.gpu import main as runbook
 from bench.gpu.stages import (
+    BY_NAME,
     CALL_SECONDS,
     CALLS,
     LENT_SECONDS,
@@ -33,6 +34,17 @@ def on_a_card(monkeypatch, run_stage):
     monkeypatch.setattr(record, "smi", lambda: None)
     monkeypatch.setattr(runbook, "run_stage", run_stage)
     monkeypatch.setattr(runbook, "no_gpu", lambda: None)
+
+
+def ended(monkeypatch, code: int, stage=lambda: None):
+    """A stage's process that does `stage` and ends with `code`."""
+
+    def start(*args, **kwargs):
+        stage()
+        return SimpleNamespace(pid=-1, wait=lambda seconds: code)
+
+    monkeypatch.setattr(runbook.subprocess, "Popen", start)
+    monkeypatch.setattr(runbook, "stop", lambda process: None)
 
 
 def test_three_calls_hold_all_stages(capsys):
@@ -58,9 +70,7 @@ def test_a_stage_that_left_something_is_not_done(tmp_path, monkeypatch):
     assert child.run("sanitizer", str(tmp_path), 60.0, True) == child.PARTIAL
     found = json.loads((tmp_path / "checks.json").read_text())["stages"]["sanitizer"]
     assert found["status"] == "partial" and "asked to leave something" in found["notes"]
-    ended = SimpleNamespace(pid=-1, wait=lambda seconds: child.PARTIAL)
-    monkeypatch.setattr(runbook.subprocess, "Popen", lambda *args, **kwargs: ended)
-    monkeypatch.setattr(runbook, "stop", lambda process: None)
+    ended(monkeypatch, child.PARTIAL)
     args = ["--dry-run", "--out", str(tmp_path), "--stages", "sanitizer", "--resume"]
     assert runbook.main(args) == 1
     state = json.loads((tmp_path / "state.json").read_text())
@@ -76,6 +86,38 @@ def test_a_stage_whose_results_found_no_room_is_not_done(tmp_path, monkeypatch, 
     assert child.run("sanitizer", str(tmp_path), 60.0, True) == child.FAILED
     said = capsys.readouterr().out
     assert said.count("checks.json cannot be written: [Errno 28] No space left on device") == 1
+
+
+@pytest.mark.parametrize("before", ["failed", "partial", "done"])
+def test_a_stage_that_died_at_its_start_has_its_own_error(tmp_path, monkeypatch, before):
+    """Not that of the run before it, whose rows stay."""
+    rec = record.Record(tmp_path, "sanitizer", True, 60.0, "a test")
+    rec.add(tool="memcheck")
+    rec.set(error="out of memory")
+    rec.save(before)
+    ended(monkeypatch, -11)
+    found = runbook.run_stage(BY_NAME["sanitizer"], tmp_path, True, 60.0)
+    assert (found["status"], found["error"]) == ("failed", "its process died: SIGSEGV")
+    own = json.loads((tmp_path / "checks.json").read_text())["stages"]["sanitizer"]
+    assert (own["status"], own["error"]) == ("failed", "its process died: SIGSEGV")
+    assert own["rows"] == [{"tool": "memcheck"}]
+
+
+def test_a_stage_that_fails_as_before_says_so(tmp_path, monkeypatch):
+    """Though what it writes is there already, word by word."""
+
+    def stage():
+        file.write_text(text)
+
+    file = tmp_path / "checks.json"
+    rec = record.Record(tmp_path, "sanitizer", True, 60.0, "a test")
+    rec.set(error="no such tool")
+    rec.save("failed")
+    text = file.read_text()
+    ended(monkeypatch, child.FAILED, stage)
+    found = runbook.run_stage(BY_NAME["sanitizer"], tmp_path, True, 60.0)
+    assert (found["status"], found["error"]) == ("failed", "no such tool")
+    assert file.read_text() == text
 
 
 def test_a_build_is_repeated_in_every_call(tmp_path, monkeypatch, capsys):
@@ -513,69 +555,3 @@ def test_errors_that_a_sanitizer_counts_fail_the_stage(sanitizer):
     rec, rows = sanitizer("echo Device not supported; exit 1")
     assert {r["state"] for r in rows.values()} == {"the tool refuses: Device not supported"}
     assert not rec.partial  # nothing that a repetition would change
-
-
-def test_the_card_is_on_record(monkeypatch):
-    from fastres.bench import environment
-
-    asked = []
-
-    def nvidia_smi(argv):
-        asked.append(argv[1])
-        return ", ".join(k.upper() for k in record.SMI.split(",")) + "\nsecond card"
-
-    monkeypatch.setattr(environment, "command_output", nvidia_smi)
-    found = record.smi()
-    assert found["uuid"] == "UUID" and found["driver_version"] == "DRIVER_VERSION"
-    assert "uuid" in asked[0] and found["pci.bus_id"] == "PCI.BUS_ID"
-
-
-def test_the_timer_of_a_gpu_calls_what_torch_has(monkeypatch):
-    """Warms up on a stream of its own, captures a graph, times its replay between two events."""
-    import torch
-
-    from bench.gpu import device
-
-    did, now = [], [0.0]
-
-    class Graph:
-        def replay(self) -> None:
-            did.append("replay")
-            now[0] += 0.5
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            self.at = now[0]
-
-        def elapsed_time(self, end) -> float:
-            return 1e3 * (end.at - self.at)
-
-    @contextlib.contextmanager
-    def capture(graph, pool):
-        did.append("capture")
-        yield
-        did.append("captured")
-
-    stream = SimpleNamespace(wait_stream=lambda other: did.append("wait"))
-    fakes = {
-        "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": lambda: stream,
-        "current_stream": lambda: stream, "synchronize": lambda: None,
-        "stream": lambda s: contextlib.nullcontext(),
-    }  # fmt: skip
-    for name, fake in fakes.items():
-        assert hasattr(torch.cuda, name)
-        monkeypatch.setattr(torch.cuda, name, fake)
-
-    def call() -> None:
-        did.append("call")
-        now[0] += 0.25
-
-    timer = device.CudaTimer()
-    shot = timer.shot([call], seconds=1.0)
-    assert did == ["wait", "call", "call", "wait", "call", "capture", *["call"] * 4, "captured"]
-    assert (shot.calls, shot.method, shot.run()) == (4, "graph", 0.125) and did[-1] == "replay"
-    plain = timer.shot([call, call], seconds=1.0, graph=False)
-    assert (plain.calls, plain.method, plain.run()) == (4, "events", 0.25)

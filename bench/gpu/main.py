@@ -110,6 +110,7 @@ def run_stage(stage: Stage, out: Path, dry: bool, seconds: float) -> dict[str, A
     argv += [str(seconds * SOFT), *(["dry"] if dry else [])]
     started = time.monotonic()
     found: dict[str, Any] = {"started": now(), "limit": seconds}
+    before = _stamp(out / f"{stage.group}.json")
     process = subprocess.Popen(argv, env=env, cwd=ROOT, start_new_session=True)
     try:
         code = process.wait(seconds)
@@ -126,20 +127,31 @@ def run_stage(stage: Stage, out: Path, dry: bool, seconds: float) -> dict[str, A
     finally:
         stop(process)
     found["seconds"] = round(time.monotonic() - started, 1)
-    settle(stage, out, found)
+    settle(stage, out, found, before)
     return found
 
 
-def settle(stage: Stage, out: Path, found: dict[str, Any]) -> None:
-    """A stage that was killed left its results as "running": say how it ended."""
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Another one after each write_json."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def settle(stage: Stage, out: Path, found: dict[str, Any], before: tuple | None) -> None:
+    """A stage that was killed left its results as "running", or wrote nothing, and what is there is
+    an earlier run's: say how it ended. before: the file's stamp at its start."""
     file = out / f"{stage.group}.json"
     whole = read_json(file)
     own = whole.get("stages", {}).get(stage.name)
     if own is None:
         return
-    if own.get("error"):
+    silent = _stamp(file) == before
+    if own.get("error") and not silent:
         found["error"] = own["error"]
-    if own.get("status") == "running" or found["status"] == "timeout":
+    if silent or own.get("status") == "running" or found["status"] == "timeout":
         own |= {"status": found["status"], "error": found.get("error")}
         write_json(file, whole)
 
