@@ -33,10 +33,12 @@ class Programs(dict[tuple, Program]):
 @dataclass
 class Fusion:
     """What `convert` attaches to a module: the spec, the rung of the fusion ladder that was asked
-    for (None: the default), and the folded weights of its convs."""
+    for (None: the default), where in the model it was found, and the folded weights of its
+    convs."""
 
     spec: Spec
     rung: str | None = None
+    path: str = ""
     choices: dict[tuple, tuple[int, str, str]] = field(default_factory=dict)
     cache: inference.Cache = field(default_factory=inference.Cache)
     programs: Programs = field(default_factory=Programs)
@@ -87,6 +89,25 @@ def plan_key(module: Any, x: Tensor, training: bool) -> plan.Key:
 def asked_rung(fusion: Fusion) -> str | None:
     """The rung that `convert`, or else a `use_backend` with convs of its own, asks for."""
     return own_rung() if fusion.rung is None else fusion.rung
+
+
+def refusal(name: str, fusion: Fusion, reason: str) -> str | None:
+    """What to say where `reason` keeps a module of class `name` from what was asked for, by
+    fusion= or use_backend; None where nothing was."""
+    asked, drop = [], []
+    if fusion.rung is not None:
+        asked.append(f'fusion="{fusion.rung}"')
+        drop.append("drop fusion= (fastres.revert, then fastres.convert without it)")
+    if backends.forced():
+        asked.append(f'use_backend("{backends.forced()}")')
+        drop.append("leave use_backend")
+    if not asked:
+        return None
+    where = f"{name} at {fusion.path!r}" if fusion.path else name
+    return (
+        f"{where}: {' under '.join(asked)} cannot run: {reason}; change that, or "
+        f"{' and '.join(drop)} to run the original forward there"
+    )
 
 
 def choice_of(module: Any, x: Tensor) -> tuple[str, str]:

@@ -119,6 +119,11 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every fastres op inside the block on one backend ("cpu", "triton", "cuda",
     "reference"), or raise.
 
+    A converted module whose fused forward cannot stand in for the original's, because of a hook, a
+    replaced child or `forward`, or kernels that failed their self-check, raises, too. Only what
+    watches the single operations of a call (tracing, dispatch modes, torch.func) has the original
+    forward run, by torch (docs/fusion.md).
+
     Process-wide, because autograd runs a CUDA backward in its own threads. Raises BackendError at
     once when the backend is unknown or unavailable in this process."""
     if name not in MODULES:

@@ -4,7 +4,8 @@ gives a user's own blocks the same forward.
 A fused module *is a* module of the original class with another forward: same children, parameters,
 hooks and paths. When something asks for an intermediate that fusion does not produce (a hook on an
 inner layer, a replaced child, tracing), the call runs the original forward, and the reason is
-counted for `fastres.report`."""
+counted for `fastres.report`. Under an explicit request (fusion=, use_backend) only what watches the
+single operations of a call gets that (`watcher`); a changed module is an error."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from ._chosen import (
     checked_rung,
     choice_of,
     modules_of,
+    refusal,
     unit_of,
     unproven,
 )
@@ -89,13 +91,15 @@ class FusedMixin:
                 if replaced(original, name):
                     return f"{original.__name__}.{name} was replaced"
         reason = watcher(x) or spec_obstacle(self, self._fastres.spec)  # type: ignore[arg-type]
-        if reason is None:
-            reason = unproven(x, *self.families)
-            if reason is not None and self._fastres.rung is not None:
-                raise backends.BackendError(f'fusion="{self._fastres.rung}" cannot run: {reason}')
-        return reason
+        return unproven(x, *self.families) if reason is None else reason
 
-    def _leave(self, reason: str) -> None:
+    def _leave(self, reason: str, x: Tensor) -> None:
+        """The original forward is next: counted, but an error where something else was asked for
+        and x has no watcher, which outranks that."""
+        if watcher(x) is None:
+            error = refusal(type(self).__name__, self._fastres, reason)
+            if error is not None:
+                raise backends.BackendError(error)
         counters.count(f"{type(self).__name__} ran unfused: {reason}")
 
 
@@ -120,9 +124,9 @@ def _rebuild(mixin: type, original: type[nn.Module]) -> nn.Module:
     return object.__new__(cls)
 
 
-def fuse(module: nn.Module, mixin: type, spec: Spec) -> None:
-    """Give module the fused forward, in place."""
-    fusion = Fusion(spec)
+def fuse(module: nn.Module, mixin: type, spec: Spec, path: str = "") -> None:
+    """Give module the fused forward, in place. path: where it is in the model, for messages."""
+    fusion = Fusion(spec, path=path)
     module.__class__ = fused_class(mixin, type(module))
     module.__dict__["_fastres"] = fusion
 
@@ -173,7 +177,7 @@ class ResidualBlockMixin(FusedMixin):
             if choice != plan.EAGER:
                 return _marked(*self._fused(x, False, None, choice))
         else:
-            self._leave(reason)
+            self._leave(reason, x)
         return super().forward(x)  # type: ignore[misc]
 
     def _obstacle(self, x: Tensor) -> str | None:
@@ -181,7 +185,10 @@ class ResidualBlockMixin(FusedMixin):
         if reason is None and self._fastres.spec.shortcut is None:
             dtype = autocast_dtype(x)
             if dtype is not None and x.dtype != dtype:
-                return f"autocast adds a {dtype} branch to a {x.dtype} input, which torch promotes"
+                return (
+                    f"autocast adds a {dtype} branch to the {x.dtype} input, which torch promotes "
+                    f"(an input in {dtype} is fused)"
+                )
         return reason
 
     def fused_forward(self, x: Tensor) -> Tensor:
@@ -470,7 +477,7 @@ class ConvBNReLU(FusedMixin, nn.Module):
         reason = self._obstacle(x)
         if reason is None:
             return _marked(*stem_forward(self, self._fastres, None, x))
-        self._leave(reason)
+        self._leave(reason, x)
         return nn.functional.relu(self.bn(self.conv(x)))
 
 

@@ -82,8 +82,8 @@ def convert(
         the passes around the vendor's convs, "c1", "c2" and "d" go into the convs, which takes a
         GPU (fastres.kernels); passes of convs may stay with the vendor, as in "c2 vendor
         conv2.wgrad stem.fprop". None: "b", what was measured (fastres.tune), or what an earlier
-        call chose. A forward on a device whose backend has no such convs raises
-        fastres.BackendError.
+        call chose. A forward that cannot run as asked raises fastres.BackendError: on a device
+        whose backend has no such convs, of a block with a hook on an inner layer or another child.
 
     With a default process group of several ranks this is a collective: call it on all of them, and
     all follow rank 0's measured choices.
@@ -117,7 +117,7 @@ def convert(
             m.__dict__["_fastres_rejected"] = rejected[path]
             continue
         m.__dict__.pop("_fastres_rejected", None)
-        fuse(m, match.mixin, match.spec)
+        fuse(m, match.mixin, match.spec, path)
     if fusion is not None:
         for m in model.modules():
             if isinstance(m, FusedMixin):

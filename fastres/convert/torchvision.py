@@ -24,7 +24,7 @@ class TorchvisionResNetMixin(StemMixin):
     def _forward_impl(self, x: Tensor) -> Tensor:
         reason = self._obstacle(x)
         if reason is not None:
-            self._leave(reason)
+            self._leave(reason, x)
             return super()._forward_impl(x)  # type: ignore[misc]
         m: Any = self
         layers = [m.layer1, m.layer2, m.layer3, m.layer4]
