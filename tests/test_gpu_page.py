@@ -60,6 +60,13 @@ def network(variant: str, speed: float, best: float, batch: int = 256) -> dict:
     }  # fmt: skip
 
 
+def block(path: str, choice: str, ms: dict, rejected: dict, tiled: bool) -> dict:
+    return {
+        "path": path, "shape": [256, 64, 56, 56], "mode": "training", "choice": choice, "ms": ms,
+        "ratio": ms["eager"] / ms[choice], "rejected": rejected, "per_conv": tiled,
+    }  # fmt: skip
+
+
 def files() -> dict[str, dict]:
     machine = {"bandwidth": 4e12, "rate": 8e14}
     wrong = case("bn_stats", "2x2", ours={"us": 1.0})
@@ -81,6 +88,14 @@ def files() -> dict[str, dict]:
              network("fastres b", 900.0, 1.3, batch=32)]  # fmt: skip
     memory = {"model": "resnet50", "batch": 256, "variant": "fastres b", "saved": 2.56e8,
               "peak": 5.12e8, "saved_x": 0.5, "peak_x": 0.75}  # fmt: skip
+    broken = {"model": "resnet50", "batch": 256, "variant": "fastres d", "error": "no kernel"}
+    single = "c2 vendor conv2.wgrad"
+    tuned = [
+        block("layer1.1", single, {"eager": 3.0, "b": 2.0, "c2": 1.5, single: 1.0},
+              {"c2 cuda conv1.fprop=a": "wrong", "c2 vendor conv1.dgrad": "wrong", "d": "wrong"},
+              True),
+        block("layer2.0", "b", {"eager": 3.0, "b": 2.0}, {"c2": "out of memory"}, False),
+    ]  # fmt: skip
     shape = {"N": 256, "C": 64, "H": 56, "W": 56, "K": 64, "R": 3, "S": 3, "stride": [2, 2]}
     probe = {"form": "conv+genstats", "dtype": "bfloat16", "shape": shape}
     probes = [{**probe, "supported": True, "us": 33.0, "against conv": x(0.8)},
@@ -92,9 +107,10 @@ def files() -> dict[str, dict]:
                    "sanitizer": stage([{"tool": "memcheck", "errors": 0, "state": "exit code 0"}])},
         "kernels": {"kernels": stage(kernels, machine=machine, expected=EXPECTED)},
         "train": {"train": stage(train, machine=machine, expected=VARIANTS)},
-        "inference": {"memory": stage([memory])},
+        "inference": {"memory": stage([memory, broken], expected={"rows": 2})},
         "probes": {"cudnn": stage(probes, shapes=12),
-                   "tune": stage([], status="timeout", error="stopped")},
+                   "tune": stage(tuned, expected={"blocks": 3, "tiled": 1}, status="timeout",
+                                 error="stopped")},
     }  # fmt: skip
 
 
@@ -156,12 +172,30 @@ def test_networks_memory_probes_and_tests_are_in_the_page(page):
     ]  # fmt: skip
     assert "- fastres d, not measured: wrong: outputs" in text
     assert "| resnet50 | **fastres b** | 256 | 1.00 | 0.50 | 2.00 | 0.75 |" in text
+    assert "\nMeasured: 1 of 2, not complete.\n" in text
     assert "| conv+genstats | bfloat16 | 1/1 | 1/1 | 1 of 12 | 1.25 |" in text
     assert "| 256x64x56x56>64 3x3 s2 | float16 | not tried |" in text
     assert "**failed**: 1 failed, 4 passed" in text and "**timeout**: stopped" in text
     assert "| `test_conv.py` | triton | 4 | 1 | 0 |" in text
     assert "| `test_conv.py::t` | E |" in text
     assert "Dry run" not in text
+
+
+def test_of_how_many_blocks_tune_says_what(page):
+    text, _ = page
+    said = "Measured: 2 of 3, not complete, of the network's distinct blocks; pass by pass: 1 of 1."
+    assert f"\n{said}\n" in text
+    start = text.index("| candidate | chosen |")
+    assert text[start : text.index("\n\n", start)].splitlines()[2:] == [
+        "| `b` | 1 of 3 | 2 of 3 | 0 of 3 |",
+        "| `c2` | 0 of 3 | 1 of 3 | 1 of 3 |",
+        "| `c2, single passes` | 1 of 1 | 1 of 1 | 1 of 1 |",
+        "| `d` | 0 of 3 | 0 of 3 | 1 of 3 |",
+        "| `eager` | 0 of 3 | 2 of 3 | 0 of 3 |",
+    ]
+    assert lines(text, "| `layer1.1` |")[0].startswith(
+        "| `layer1.1` | 256x64x56x56 | training | c2 vendor conv2.wgrad | 3.00 | 3 | 2 | 1.5 | 1 |"
+    )
 
 
 def test_every_stage_names_its_command_card_versions_and_commit(page):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import report
-from bench.gpu import checks, numbers, record
+from bench.gpu import checks, numbers, probes, record
 from bench.gpu import main as runbook
 from bench.gpu import page as gpu_page
 from bench.gpu.stages import MOST, NAMES, STAGES
@@ -108,7 +108,9 @@ def test_networks_are_timed_eagerly_and_as_graphs(dry):
     assert all(r["img/s"] > 0 and "eager bf16" in r["against"] for r in rows)
     slow = json.loads((out / "train.json").read_text())["stages"]["autotune"]["rows"]
     assert {"eager bf16", "compile-max bf16", "fastres cuda b"} <= {r["variant"] for r in slow}
-    memory = json.loads((out / "inference.json").read_text())["stages"]["memory"]["rows"]
+    own = json.loads((out / "inference.json").read_text())["stages"]["memory"]
+    memory = own["rows"]
+    assert own["expected"] == {"rows": len(memory)}
     assert memory[1]["variant"] == "fastres b" and memory[1]["saved"] < memory[0]["saved"]
 
 
@@ -120,6 +122,11 @@ def test_the_report_renders_every_stage_and_says_that_it_was_a_dry_run(dry, tmp_
     count, files = report.write(tmp_path / "results", page)
     text = page.read_text()
     assert count == len({s.group for s in STAGES})
+    tuned = json.loads((out / "probes.json").read_text())["stages"]["tune"]
+    n, tiled = len(tuned["rows"]), sum(r["path"] in probes.TILED for r in tuned["rows"])
+    assert 0 < tiled < n and tuned["expected"] == {"blocks": n, "tiled": tiled}
+    said = f"Measured: {n} of {n}, of the network's distinct blocks; "
+    assert said + f"pass by pass: {tiled} of {tiled}.\n" in text
     headings = [line for line in text.splitlines() if line.startswith("### ")]
     assert set(headings) == {f"### {gpu_page.TITLES[name]}" for name in NAMES}
     assert text.count(gpu_page.DRY) == len(NAMES)
@@ -526,7 +533,9 @@ def test_an_interrupted_tune_keeps_its_blocks(probing, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         probes.tune(dev, rec)
-    written = json.loads((tmp_path / "probes.json").read_text())["stages"]["tune"]["rows"]
+    found = json.loads((tmp_path / "probes.json").read_text())["stages"]["tune"]
+    written = found["rows"]
+    assert found["expected"] == {"blocks": 5, "tiled": 1}
     assert [r["choice"] for r in written] == ["b", "b"] and all(0 < s <= 60 for s in limits)
     assert tiled == [(64, True), (3, False), (64, False)]  # layer2.0, the stem, layer1.0
     assert [(r["path"], r["per_conv"]) for r in written] == [("layer2.0", True), ("(stem)", False)]

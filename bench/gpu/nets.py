@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bench.gpu.device import Device, Shot, one_line, ratio, summary, table, take_turns
 from bench.gpu.kernels import machine
 from bench.gpu.networks import DRY_SIZE, SIZE, network
+from bench.gpu.numbers import completed
 from bench.gpu.pool import parallel_workers, run_jobs
 from bench.gpu.record import Record
 
@@ -456,11 +457,14 @@ def memory(device: Device, record: Record) -> None:
 
     batch = 2 if device.dry else MEMORY_BATCH
     lines = []
+    models = ("resnet50",) if device.dry else ("resnet50", "resnet18")
+    variants = (EAGER, *(RUNGS[:1] if device.dry else RUNGS), CUDA[1])
+    record.set(expected={"rows": len(models) * len(variants)})
     kept = record.keep(lambda row: row.get("saved_x") is not None)
-    for model in ("resnet50",) if device.dry else ("resnet50", "resnet18"):
+    for model in models:
         before = {row["variant"]: row for row in kept if row["model"] == model}
         eager: dict[str, float] = before.get(EAGER.name, {})
-        for v in (EAGER, *(RUNGS[:1] if device.dry else RUNGS), CUDA[1]):
+        for v in variants:
             if v.name in before:
                 continue
             if record.time_left() < 0:
@@ -494,4 +498,5 @@ def memory(device: Device, record: Record) -> None:
             mb = [row[k] / batch / 1e6 for k in ("saved", "peak")]
             lines.append((model, v.name, mb[0], row["saved_x"], mb[1], row["peak_x"]))
     heads = ("model", "variant", "saved MB/img", "x eager", "peak MB/img", "x eager")
-    table(f"memory, batch {batch}", heads, lines)
+    done = completed(sum("saved" in r for r in record.rows), record.found["expected"]["rows"])
+    table(f"memory, batch {batch}: {done}", heads, lines)

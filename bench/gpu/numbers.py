@@ -9,6 +9,7 @@ CONV_OPS = ("fprop", "dgrad", "wgrad", "dgrad_wgrad", "backward")
 RUNGS = ("b", "c1", "c2", "d")
 STREAM_PERCENT = 92  # of copy bandwidth, wanted of every streaming kernel
 STREAM_VARIANTS = {"ours": "triton", "cuda": "cuda"}
+SINGLE = ", single passes"
 CONV_WANTED = {"vendor": 0.95, "passes": 1.2}  # how many times as fast the C++ convs are to be
 
 
@@ -23,6 +24,11 @@ def said(value: float | None, least: float, n: int, of: int | None) -> str:
 
 def counted(n: int, of: int | None) -> str:
     return f"{n} of {'an unknown number' if of is None else of}"
+
+
+def completed(n: int, of: int | None) -> str:
+    """So many of so many, and whether that is all."""
+    return counted(n, of) + ("" if n == of else ", not complete")
 
 
 def conv_sums(rows: list[dict], expected: dict[str, int]) -> dict[str, dict[str, Any]]:
@@ -116,3 +122,28 @@ def cudnn_counts(rows: list[dict[str, Any]], shapes: int | None) -> list[tuple]:
             1 / statistics.median(ratios) if ratios else None,
         ))  # fmt: skip
     return lines
+
+
+def tune_counts(rows: list[dict[str, Any]], expected: dict[str, int]) -> dict[str, Any]:
+    """Of how many of the network's distinct blocks (`blocks`), and of those that are tried pass by
+    pass (`tiled`), there is a measurement; of each candidate in how many of them it was chosen,
+    timed and rejected. What is tried of single passes is one candidate for each rung."""
+    tiled = [r for r in rows if r.get("per_conv")]
+    candidates: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        sets = ("chosen", [row["choice"]]), ("timed", row["ms"]), ("rejected", row["rejected"])
+        for what, names in sets:
+            for name in dict.fromkeys(_whole(n) for n in names):
+                of = expected.get("tiled" if name.endswith(SINGLE) else "blocks")
+                none = {"chosen": 0, "timed": 0, "rejected": 0, "of": of}
+                candidates.setdefault(name, none)[what] += 1
+    return {
+        "blocks": {"n": len(rows), "of": expected.get("blocks")},
+        "tiled": {"n": len(tiled), "of": expected.get("tiled")},
+        "candidates": dict(sorted(candidates.items())),
+    }
+
+
+def _whole(candidate: str) -> str:
+    """A candidate, or the rung whose single passes it changes."""
+    return candidate.split()[0] + SINGLE if "." in candidate else candidate

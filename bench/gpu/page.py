@@ -11,11 +11,13 @@ from bench.gpu.numbers import (
     RUNGS,
     STREAM_PERCENT,
     backward_sums,
+    completed,
     conv_sums,
     counted,
     cudnn_counts,
     said,
     stream_shares,
+    tune_counts,
 )
 from bench.markdown import number, percent, table
 
@@ -272,8 +274,9 @@ def promises(rows: list[Found], expected: dict[str, list[str]]) -> list[str]:
 def variants_timed(rows: list[Found], names: list[str] | None, ours: bool) -> str:
     """How many of a network's variants (fastres's, or the others) have a time."""
     n = sum(r["status"] == "ok" and r["variant"].startswith("fastres") == ours for r in rows)
-    of = None if names is None else sum(v.startswith("fastres") == ours for v in names)
-    return counted(n, of) + ("" if n == of else ", not complete")
+    return completed(
+        n, None if names is None else sum(v.startswith("fastres") == ours for v in names)
+    )
 
 
 def networks(found: Found) -> list[str]:
@@ -302,6 +305,8 @@ def networks(found: Found) -> list[str]:
 
 def memory(found: Found) -> list[str]:
     rows = []
+    n = sum("error" not in r for r in found["rows"])
+    lines = [f"Measured: {completed(n, found.get('expected', {}).get('rows'))}.", ""]
     for r in found["rows"]:
         if "error" in r:
             rows.append([r["model"], r["variant"], str(r["batch"]), short(r["error"]), "", "", ""])
@@ -314,7 +319,7 @@ def memory(found: Found) -> list[str]:
             number(r["peak_x"], ".2f"),
         ])  # fmt: skip
     head = ["training", "variant", "batch", "saved MB/img", "x eager", "peak MB/img", "x eager"]
-    return table(head, rows)
+    return lines + table(head, rows)
 
 
 # --- probes ---------------------------------------------------------------------------------------
@@ -337,6 +342,14 @@ def cudnn(found: Found) -> list[str]:
 
 
 def tune(found: Found) -> list[str]:
+    counts = tune_counts(found["rows"], found.get("expected", {}))
+    blocks, tiled = (completed(**counts[k]) for k in ("blocks", "tiled"))
+    lines = [f"Measured: {blocks}, of the network's distinct blocks; pass by pass: {tiled}.", ""]
+    cells = [
+        [f"`{name}`", *(counted(e[k], e["of"]) for k in ("chosen", "timed", "rejected"))]
+        for name, e in counts["candidates"].items()
+    ]
+    lines += table(["candidate", "chosen", "timed", "rejected"], cells)
     candidates = list(dict.fromkeys(c for r in found["rows"] for c in r["ms"]))
     rows = [
         [
@@ -352,7 +365,7 @@ def tune(found: Found) -> list[str]:
     ]
     head = ["block", "input", "mode", "choice", "x eager", *(f"{c} ms" for c in candidates),
             "rejected"]  # fmt: skip
-    return table(head, rows)
+    return lines + table(head, rows)
 
 
 RENDER = {

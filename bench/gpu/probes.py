@@ -13,7 +13,7 @@ import torch
 from bench.gpu.device import Device, one_line, ratio, summary, table, take_turns
 from bench.gpu.kernels import ROUNDS, SHOT_SECONDS
 from bench.gpu.networks import DRY_SIZE, SIZE, network
-from bench.gpu.numbers import cudnn_counts
+from bench.gpu.numbers import completed, cudnn_counts, tune_counts
 from bench.gpu.record import Record
 
 CANDIDATE_SECONDS = 60.0  # for the check of one: a hang must not take the stage
@@ -242,7 +242,10 @@ def tune(device: Device, record: Record) -> None:
         end = time.monotonic() + TILED_SHARE * record.time_left()
         untried = []
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            targets = [t for t in tuning.distinct(net, x, True) if t.path in TILED]
+            targets = tuning.distinct(net, x, True)
+            blocks = len(targets)
+            targets = [t for t in targets if t.path in TILED]
+            record.set(expected={"blocks": blocks, "tiled": len(targets)})
             for target in (t for t in targets if plan.current(x.device).lookup(t.key) is None):
                 try:
                     if time.monotonic() > end:
@@ -264,4 +267,10 @@ def tune(device: Device, record: Record) -> None:
             record.unfinished(f"not tried pass by pass, for lack of time: {', '.join(untried)}")
         if found.left:
             record.unfinished(f"not measured, for lack of time: {', '.join(found.left)}")
-    table("tune: ResNet-50's blocks", ("input", "choice", "x eager", "rejected"), lines)
+    counts = tune_counts(record.rows, record.found["expected"])
+    blocks, tiled = (completed(**counts[k]) for k in ("blocks", "tiled"))
+    table(
+        f"tune: ResNet-50's blocks: {blocks}; pass by pass: {tiled}",
+        ("input", "choice", "x eager", "rejected"),
+        lines,
+    )
