@@ -1,4 +1,4 @@
-"""python -m bench.compare OLD NEW [--threshold PERCENT] [--changed]
+"""python -m bench.compare OLD NEW [--threshold PERCENT] [--changed] [--allow-missing]
 
 Compares two result files case by case, by the ratio to each baseline inside each run, so that the
 machine's mood cancels. A case got worse when the median ratio fell by more than the threshold and
@@ -140,7 +140,7 @@ def run(
     if missing and not allow_missing:
         print(
             f"{missing} ratios of OLD are not in NEW, which counts as worse: a case that fails has "
-            "none; --allow-missing where fewer were run"
+            "none; where fewer were run: python -m bench.compare OLD NEW --allow-missing"
         )
         return WORSE
     return WORSE if count["worse"] else 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,12 @@ def load(path: Path) -> Result:
         data = json.loads(path.read_text())
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Unterminated") or not error.doc[error.pos :].strip():
+            cut = f"is cut short: its JSON ends in line {error.doc.rstrip().count(chr(10)) + 1}"
+            raise Unreadable(cut if error.doc.strip() else "is empty") from error
+        raise Unreadable(f"is not JSON: {str(error).splitlines()[0]}") from error
+    except UnicodeDecodeError as error:
         raise Unreadable(f"is not JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict):
         raise Unreadable(f"holds a JSON {type(data).__name__}, not an object")
@@ -119,9 +125,16 @@ def load(path: Path) -> Result:
 def _whole(result: Result) -> Result:
     """The result, when its parts can be read too."""
     try:
-        _ = result.command, result.environment["cpu"], result.dry, ratios(result)
+        _ = result.command, result.environment["cpu"], result.dry
+        found = ratios(result)
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise incomplete(error) from error
+    except ArithmeticError as error:
+        raise Unreadable(f"is damaged: a time in it is 0 ({error})") from error
+    for (case, base), ratio in found.items():
+        for value in () if ratio is None else (ratio.median, ratio.q1, ratio.q3):
+            if not (isinstance(value, (int, float)) and 0 < value < inf):
+                raise Unreadable(f"is damaged: {value!r} times the speed of {base} in {case}")
     return result
 
 
@@ -158,11 +171,15 @@ def ratios(result: Result) -> dict[tuple[str, str], Ratio | None]:
         for base in case["variants"]:
             if ours is None or base is ours or not base["seconds"]:
                 continue
-            if len(ours["seconds"]) == len(base["seconds"]):
+            rounds = len(ours["seconds"]), len(base["seconds"])
+            if rounds[0] == 0:
+                found[name, base["name"]] = None
+            elif rounds[0] != rounds[1]:
+                what = f"{rounds[0]} rounds of {OURS} and {rounds[1]} of {base['name']} in {name}"
+                raise Unreadable(f"is damaged: {what}")
+            else:
                 spread = speed_ratios(ours["seconds"], base["seconds"])
                 found[name, base["name"]] = Ratio(**spread.to_dict())
-            else:
-                found[name, base["name"]] = None
     return found
 
 

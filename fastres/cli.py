@@ -265,14 +265,14 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
-def _checkout_bench(args: argparse.Namespace) -> int:
+def _checkout_bench(args: argparse.Namespace, argv: list[str]) -> int:
     """bench.report or bench.compare, which a checkout has and an installed package has not."""
     import importlib
     from pathlib import Path
 
     option = "--report" if args.report else "--compare"
     root = Path(__file__).resolve().parents[1]
-    if args.model is not None or (args.report and args.compare):
+    if len(argv) != (2 if args.report else 4):  # with "bench"
         raise UsageError(f"argument {option}: goes alone")
     if not (root / "bench" / "report.py").is_file():
         raise UsageError(f"argument {option}: needs a checkout of fastres; {root} has no bench/")
@@ -285,7 +285,7 @@ def _checkout_bench(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace, argv: list[str]) -> int:
     if args.report or args.compare:
-        return _checkout_bench(args)
+        return _checkout_bench(args, argv)
     options = options_from(args)
     from fastres.bench.main import run
 

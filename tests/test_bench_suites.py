@@ -265,7 +265,7 @@ def test_report_is_deterministic_and_names_what_it_cannot_read(tiny, tmp_path):
     assert "Tiny shapes" in text
     omitted = text[text.index(report.OMITTED) :]
     assert "`bench/results/gpu/`: `stage.json`: has a schema that is not known here" in omitted
-    assert "`broken.json`: is not JSON" in omitted
+    assert "`broken.json`: is cut short: its JSON ends in line 1" in omitted
     assert "`newer.json`: is version 99 of fastres bench's results" in omitted
     assert "`part.json`: is incomplete" in omitted
 
@@ -393,14 +393,30 @@ def test_compare_counts_a_missing_case_as_worse(tmp_path, capsys):
     assert compare.main([str(new), str(old)]) == 0
 
 
+def timed(data: dict, variant: str, seconds: list) -> str:
+    """A `fastres bench` result with other times of a variant in fp32 inference, as JSON."""
+    data = copy.deepcopy(data)
+    (row,) = (v for v in data["cases"][0]["variants"] if v["name"] == variant)
+    row["seconds"] = seconds[: len(row["seconds"])]
+    return json.dumps(data)
+
+
 def test_compare_refuses_with_one_line(tiny, tmp_path, capsys):
     data = json.loads(COMMITTED.read_text())
+    rounds = len(data["cases"][0]["variants"][0]["seconds"])
+    cut = COMMITTED.read_text()[:3000]
     old = str(COMMITTED)
     other = copy.deepcopy(data)
     other["options"]["model"] = "resnet18"
     files = {
         "no.json": None,
         "text.json": "not json",
+        "empty.json": "",
+        "cut.json": cut,
+        "end.json": COMMITTED.read_text().rstrip()[:-1],
+        "nan.json": timed(data, "eager", [float("nan")] * rounds),
+        "zero.json": timed(data, "fastres", [0.0] * rounds),
+        "short.json": timed(data, "eager", [1.0]),
         "list.json": "[1]",
         "version.json": json.dumps(data | {"schema_version": 2}),
         "other.json": json.dumps(other),
@@ -409,7 +425,13 @@ def test_compare_refuses_with_one_line(tiny, tmp_path, capsys):
     }
     wanted = {
         "no.json": "cannot be read: No such file or directory",
-        "text.json": "is not JSON",
+        "text.json": "is not JSON: Expecting value: line 1",
+        "empty.json": "is empty",
+        "cut.json": f"is cut short: its JSON ends in line {cut.count(chr(10)) + 1}",
+        "end.json": "is cut short: its JSON ends in line",
+        "nan.json": "is damaged: nan times the speed of eager in resnet50 inference fp32 batch 8",
+        "zero.json": "is damaged: a time in it is 0",
+        "short.json": f"is damaged: {rounds} rounds of fastres and 1 of eager in resnet50",
         "list.json": "holds a JSON list, not an object",
         "version.json": "is version 2 of fastres bench's results; this checkout reads version 1",
         "other.json": "no case and baseline in common",
@@ -435,6 +457,8 @@ def test_cli_passes_report_and_compare_on(tmp_path, capsys, monkeypatch):
     assert "0 worse" in capsys.readouterr().out
     assert cli.main(["bench", "resnet18", "--report"]) == 2
     assert "argument --report: goes alone" in capsys.readouterr().err
+    assert cli.main(["bench", "--compare", "a", "b", "--batch", "4"]) == 2
+    assert "argument --compare: goes alone" in capsys.readouterr().err
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "fastres" / "cli.py"))
     assert cli.main(["bench", "--report"]) == 2
     assert "needs a checkout of fastres" in capsys.readouterr().err

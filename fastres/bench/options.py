@@ -135,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("OLD", "NEW"),
         help="in a checkout: compare two result files, without MODEL; exit code 1 when a case "
-        "got worse",
+        "got worse; python -m bench.compare has options",
     )
     what = parser.add_argument_group("what to run")
     what.add_argument(
