@@ -11,11 +11,12 @@ input shape, dtype, layout, training or inference, autocast) on one device, in t
     4. a heuristic: rung b, on any device (see `HEURISTIC`); on a CPU the original forward where a
        block is too small to gain by it (see `fastres._heuristic`)
 
-A table or cache holds for one identity: device, driver, torch, Triton and fastres versions. Others
-are left alone, with one line in the log, and so is an entry with a tile that this build does not
-have. The cache is a sorted JSON file for each identity in
-$FASTRES_CACHE (default $XDG_CACHE_HOME/fastres or ~/.cache/fastres), written atomically under a
-lock, so that two processes may tune at once; a corrupt file is set aside, never fatal."""
+A table or cache holds for one identity: device, driver, torch, Triton and fastres versions, and the
+kernels themselves. Others are left alone, with one line in the log where they are of this device,
+and so is an entry with a tile that this build does not have. The cache is a sorted JSON file for
+each identity in $FASTRES_CACHE (default $XDG_CACHE_HOME/fastres or ~/.cache/fastres), written
+atomically under a lock, so that two processes may tune at once; a corrupt file is set aside, never
+fatal."""
 
 from __future__ import annotations
 
@@ -227,18 +228,25 @@ def read(path: Path, who: dict[str, str]) -> dict[Key, Entry]:
 
 
 def tell_stale(who: dict[str, str]) -> None:
-    """A line in the log where this device was tuned, but with other versions or another driver."""
+    """A line in the log where this device was tuned, or has a table in the package, but with other
+    versions or another driver."""
     mine = cache_file(who)
     others = mine.parent.glob(f"{mine.name.rpartition('-')[0]}-*.json")
-    with contextlib.suppress(OSError, ValueError):  # gone meanwhile, or corrupt
-        newest = max((p for p in others if p != mine), key=lambda p: p.stat().st_mtime)
-        found = decode(newest.read_text())[0]
-        if found.get("device") == who["device"]:
+    caches: list[Path] = []
+    with contextlib.suppress(OSError):  # gone meanwhile
+        caches = sorted((p for p in others if p != mine), key=lambda p: p.stat().st_mtime)
+    for path in [*caches[-1:], *_tables()]:
+        with contextlib.suppress(OSError, ValueError):  # gone meanwhile, or corrupt
+            found = decode(path.read_text())[0]
+            if found.get("device") != who["device"]:
+                continue
+            what = "plan" if path in caches else "table in the package,"
             differ = [f"{k} ({found.get(k)}, here {who[k]})" for k in who if found.get(k) != who[k]]
             log.warning(
-                "fastres: this device's plan %s is left aside, it was measured with another %s; "
-                "fastres.tune measures again", newest.name, ", ".join(differ),
+                "fastres: this device's %s %s is left aside, it was measured with another %s; "
+                "fastres.tune measures again", what, path.name, ", ".join(differ),
             )  # fmt: skip
+            return
 
 
 @contextlib.contextmanager
@@ -304,6 +312,10 @@ def _known(
     return found
 
 
+def _tables() -> list[Path]:
+    return sorted(TABLES.glob("*.json"))
+
+
 class Plan:
     """The measured choices of one device: the package's table over the user's cache."""
 
@@ -311,19 +323,19 @@ class Plan:
         self.who = who
         self.unsaved: str | None = None  # why the last measurements are not in the file
         self.packaged: dict[Key, Entry] = {}
-        file = cache_file(who)
-        self.cached: dict[Key, Entry] = _known(file, read(file, who))
-        if not self.cached:
-            tell_stale(who)
-        self.version = next(_versions)  # moves when a choice may have changed
-        for path in sorted(TABLES.glob("*.json")):
+        for path in _tables():
             try:
                 found, entries = decode(path.read_text())
-            except PlanFileError as e:
+            except (OSError, UnicodeDecodeError, PlanFileError) as e:
                 log.warning("fastres: the packaged table %s cannot be used: %s", path.name, e)
                 continue
             if found == who:
                 self.packaged |= _known(path, entries)
+        file = cache_file(who)
+        self.cached: dict[Key, Entry] = _known(file, read(file, who))
+        if self.empty:
+            tell_stale(who)
+        self.version = next(_versions)  # moves when a choice may have changed
 
     @property
     def empty(self) -> bool:

@@ -123,7 +123,8 @@ def tune(
     each: Callable[[str, Key, Entry], None] | None = None,
 ) -> Tuning:
     """Measure the candidates for each distinct block of a converted model on `sample`, save the
-    choices in the user's cache (fastres.plan), and use them from now on.
+    choices in the user's cache (fastres.plan), and use them from now on, but for blocks that a
+    table in the package has.
 
     sample: a batch (N, C, H, W) as the model will see it: the choices hold for its shapes, and for
     the autocast state tune is called in. modes: "training" (forward and backward), "inference", or
@@ -201,6 +202,12 @@ def tune(
                 each(target.path, target.key, entry)
             if progress is not None:
                 progress.step()
+    covered = len(entries.keys() & current.packaged.keys())
+    if covered:
+        log.warning(
+            "fastres.tune: %d of the %d blocks are in the package's table, which comes before what "
+            "was measured now", covered, len(entries),
+        )  # fmt: skip
     plan.synchronise(device)
     return Tuning(entries, paths, left)
 
