@@ -251,7 +251,7 @@ def test_the_key_tells_calls_apart():
 
 def test_a_planned_eager_block_runs_the_original(monkeypatch):
     model, x = network().train(), sample()
-    fastres.counters.events().clear()
+    fastres.counters.reset()
     want = copy.deepcopy(fastres.revert(copy.deepcopy(model)))(x)
     found: list[str] = []
     monkeypatch.setattr(plan.Plan, "empty", False)

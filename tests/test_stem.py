@@ -273,7 +273,7 @@ def test_nchw_images_of_an_nhwc_model_are_copied_and_counted():
     """What a vendor's conv does without a word: images are small beside what follows."""
     backend("triton")
     model, x = fastres.convert(network(), fusion="c1").eval(), images(torch.float32)
-    fastres.counters.events().clear()
+    fastres.counters.reset()
     with torch.no_grad(), fastres.use_backend("triton"):
         want = model.fused_forward(x)
         assert not any("images" in event for event in fastres.counters.events())
