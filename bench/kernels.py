@@ -563,7 +563,7 @@ def why_not(kernel: Kernel, backend: ModuleType, o: Operands) -> str | None:
         return None
     reason = backend.conv_missing(o.x.device) or backend.conv_why_not(o.x, o.weight, o.geometry)
     if reason is None and kernel.function == "conv_bwd_pointwise":
-        reason = backend.conv_bwd_pointwise_why_not(o.x, o.weight, o.geometry)
+        reason = backend.conv_bwd_pointwise_why_not(o.x, o.weight, o.geometry, False)
     return reason
 
 

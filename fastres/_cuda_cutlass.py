@@ -102,7 +102,9 @@ def conv_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
     return _refused(_cuda._host, built(), DTYPE[x.dtype], sizes)
 
 
-def conv_bwd_pointwise_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
+def conv_bwd_pointwise_why_not(
+    x: Tensor, weight: Tensor, geometry: list[int], frozen: bool
+) -> str | None:
     return "these kernels do dgrad and wgrad one after the other"
 
 

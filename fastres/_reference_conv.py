@@ -36,7 +36,9 @@ def conv_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
     return None
 
 
-def conv_bwd_pointwise_why_not(x: Tensor, weight: Tensor, geometry: list[int]) -> str | None:
+def conv_bwd_pointwise_why_not(
+    x: Tensor, weight: Tensor, geometry: list[int], frozen: bool
+) -> str | None:
     if tuple(weight.shape[2:]) != (1, 1) or geometry[:4] != [1, 1, 0, 0]:
         return "not a 1x1 conv of stride 1"
     if geometry[-1] != 1:

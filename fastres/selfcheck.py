@@ -229,7 +229,7 @@ def _convs() -> list[Case]:
         dx, dw, *sums = out
         g, residual = Gradient(dz, gate), Gradient(dres, mask)
         args = dx, Sums(*sums), dw, g, x, weight, one, bn, None, residual, prev
-        if training and m.conv_bwd_pointwise_why_not(x, weight, one) is None:
+        if training and m.conv_bwd_pointwise_why_not(x, weight, one, False) is None:
             m.conv_bwd_pointwise(*args)
         else:
             m.conv_dgrad(dx, Sums(*sums), g, weight, one, bn, residual, prev)

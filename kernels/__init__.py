@@ -158,11 +158,12 @@ def conv_wgrad(dw, g, x, geometry, bn, norm):
     run(dw, g, x, geometry, bn, norm)
 
 
-def conv_bwd_pointwise_why_not(x, weight, geometry):
-    """None when conv_bwd_pointwise takes this conv, otherwise the reason."""
+def conv_bwd_pointwise_why_not(x, weight, geometry, frozen):
+    """None when conv_bwd_pointwise takes this conv, otherwise the reason. frozen: with a batch norm
+    on fixed statistics behind it."""
     from ._conv_bwd_pointwise import why_not
 
-    return why_not(x, weight, geometry)
+    return why_not(x, weight, geometry, frozen)
 
 
 def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, prev):

@@ -37,14 +37,8 @@ from ._conv import (
     wide,
 )
 from ._conv_config import arch_of, bwd_pointwise_config, cut, joint_odd
-from ._conv_dgrad import (
-    conv_dgrad,
-    finalise_sums,
-    finish_gradient,
-    norm_arguments,
-    previous_arguments,
-)
-from ._conv_wgrad import add_splits, conv_wgrad
+from ._conv_dgrad import finalise_sums, finish_gradient, norm_arguments, previous_arguments
+from ._conv_wgrad import add_splits
 from ._launch import SIZES, launch
 from ._tile import bound
 
@@ -164,8 +158,9 @@ def _conv_bwd_pointwise_kernel(
             tl.store(out + 2 * chunks * C, sum_gd, mask=col_ok)
 
 
-def why_not(x, weight, geometry) -> str | None:
-    """None when one kernel can do both, otherwise the reason."""
+def why_not(x, weight, geometry, frozen) -> str | None:
+    """None when one kernel can do both, otherwise the reason. frozen: dy is formed from a batch
+    norm on fixed statistics."""
     geo = Geometry.of(x.shape, weight.shape, geometry)
     if not geo.pointwise:
         return "not a 1x1 conv of stride 1"
@@ -175,6 +170,8 @@ def why_not(x, weight, geometry) -> str | None:
         return f"{geo.c} to {geo.k} channels: pixels that are no whole 16 bytes take the registers"
     if bwd_pointwise_config(geo, x) is None:
         return f"{geo.k} output channels: a program cannot hold dw of all of them"
+    if frozen and bwd_pointwise_config(geo, x, "frozen") is None:
+        return f"{geo.k} output channels: dy of a frozen batch norm takes dw's registers"
     return None
 
 
@@ -184,10 +181,7 @@ def conv_bwd_pointwise(dx, sums, dw, g, x, weight, geometry, bn, norm, dres, pre
     previous = previous_arguments(prev)
     reads = (None if dres is None else dres.dz, previous[0], previous[-2])
     config = bwd_pointwise_config(geo, x, mode, sum(t is not None for t in reads))
-    if config is None:  # for this mode: why_not, which does not know it, had one
-        conv_dgrad(dx, sums, g, weight, geometry, bn, dres, prev)
-        conv_wgrad(dw, g, x, geometry, bn, norm)
-        return
+    assert config is not None, why_not(x, weight, geometry, mode == "frozen")
     plan = cut(geo.rows, geo.c, config)
     sum_part = None
     if prev is not None:

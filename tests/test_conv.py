@@ -700,7 +700,8 @@ def test_a_nan_stays_in_its_group(triton):
 
 def test_the_joint_kernel_refuses_groups(triton):
     x = torch.zeros(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    reason = triton.conv_bwd_pointwise_why_not(x, torch.zeros(8, 4, 1, 1), [1, 1, 0, 0, 1, 1, 2])
+    weight, geometry = torch.zeros(8, 4, 1, 1), [1, 1, 0, 0, 1, 1, 2]
+    reason = triton.conv_bwd_pointwise_why_not(x, weight, geometry, False)
     assert "groups=2" in reason
 
 
@@ -725,11 +726,38 @@ def test_the_joint_kernel_refuses_odd_channels(triton, monkeypatch, arch, dtype,
     for module in (_conv_config, _conv_bwd_pointwise):
         monkeypatch.setattr(module, "arch_of", lambda device: _conv_config.ARCHS[arch])
     x = torch.zeros(1, c, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    reason = triton.conv_bwd_pointwise_why_not(x, torch.zeros(k, c, 1, 1), [1, 1, 0, 0, 1, 1, 1])
+    one = [1, 1, 0, 0, 1, 1, 1]
+    reason = triton.conv_bwd_pointwise_why_not(x, torch.zeros(k, c, 1, 1), one, False)
     assert reason is None if taken else "no whole 16 bytes" in reason
     aligned = torch.zeros(1, 32, 4, 4, dtype=dtype)
     weight = torch.zeros(64, 32, 1, 1)
-    assert triton.conv_bwd_pointwise_why_not(aligned, weight, [1, 1, 0, 0, 1, 1, 1]) is None
+    assert triton.conv_bwd_pointwise_why_not(aligned, weight, one, False) is None
+
+
+@pytest.mark.parametrize("arch, most", [("sm_80", 128), ("sm_90", 256), ("sm_100", 128)])
+def test_the_joint_kernel_refuses_a_frozen_batch_norm_where_it_would_spill(
+    triton, monkeypatch, arch, most
+):
+    """As said beforehand: no other kernels run in its place."""
+    from fastres.kernels import _conv_bwd_pointwise, _conv_config
+
+    for module in (_conv_config, _conv_bwd_pointwise):
+        monkeypatch.setattr(module, "arch_of", lambda device: _conv_config.ARCHS[arch])
+    for k in (64, 128, 256, 512):
+        layer = Layer(1, 64, 2, 2, k, 1, 1, 1, 0, 1)
+        _, x, w, g, bn = gradient_case(layer, torch.bfloat16, "frozen", True)
+        reasons = [
+            triton.conv_bwd_pointwise_why_not(x, w, layer.geometry, frozen)
+            for frozen in (False, True)
+        ]
+        if k == 512:
+            assert all("cannot hold dw of all" in reason for reason in reasons)
+        else:
+            assert reasons[0] is None and (reasons[1] is None) == (k <= most)
+        if reasons[1] is not None:
+            out = {"dx": torch.empty_like(x), "dw": torch.empty_like(w)}
+            with pytest.raises(AssertionError, match=f"{k} output channels: "):
+                _both(triton, out, g, x, w, layer.geometry, bn, None, None, None)
 
 
 def test_an_architecture_without_a_table_is_named(triton, monkeypatch):

@@ -150,6 +150,57 @@ def test_the_report_names_the_rung_and_what_keeps_a_conv_from_it(monkeypatch):
         assert "the weights are NCHW and copied in every call" in row.reason
 
 
+def test_the_report_names_the_convs_that_rung_d_does_not_join(monkeypatch):
+    model = fastres.convert(network("bottleneck", stages=1), fusion="d")
+
+    def said(path: str = "layer1.0") -> str:
+        reason = {r.path: r.reason for r in fastres.report(model).rows}[path]
+        return reason.partition("; dgrad and wgrad not in one kernel ")[2]
+
+    assert said() == ""  # it cannot run here at all
+    with fastres.use_backend("reference"):
+        assert said("(model)") == ""
+        assert said() == "in float32 (conv2: not a 1x1 conv of stride 1)"
+        fastres.convert(model, fusion="d vendor shortcut.wgrad")
+        model.layer1[0].conv1.weight.requires_grad_(False)
+        assert said() == (
+            "in float32 (conv1: the weight needs no gradient; conv2: not a 1x1 conv of stride 1; "
+            "downsample.0: the choice gives a pass to the vendor)"
+        )
+        fastres.convert(model, fusion="c2")
+        assert said() == ""
+
+
+def test_the_report_asks_the_table_of_the_device(gpu, monkeypatch):
+    """In the dtype of autocast; behind a frozen batch norm."""
+    backend("triton")
+    from fastres.kernels import _conv_bwd_pointwise, _conv_config
+
+    for module in (_conv_config, _conv_bwd_pointwise):
+        monkeypatch.setattr(module, "arch_of", lambda device: _conv_config.ARCHS["sm_80"])
+    model = fastres.convert(network("bottleneck", stages=1), fusion="d")
+    device = next(model.parameters()).device.type
+    with fastres.use_backend("triton"), torch.autocast(device, torch.bfloat16):
+        assert (
+            fastres.report(model)
+            .rows[1]
+            .reason.endswith("in bfloat16 (conv2: not a 1x1 conv of stride 1)")
+        )
+        model.layer1[0].bn1.eval()
+        model.layer1[0].bn3.eval()
+        reason = fastres.report(model).rows[1].reason
+        assert reason.endswith(
+            "conv3: 256 output channels: dy of a frozen batch norm takes dw's registers)"
+        )
+        model.layer1[0].conv3.weight.data = torch.zeros(1024, 16, 1, 1)
+        assert (
+            "conv3: 1024 output channels: a program cannot hold"
+            in fastres.report(model).rows[1].reason
+        )
+        monkeypatch.setattr(backend("triton"), "conv_missing", lambda device: "no table")
+        assert fastres.report(model).rows[1].reason.endswith('fusion "d" cannot run here: no table')
+
+
 def test_a_rung_that_cannot_run_is_an_error_that_changes_nothing():
     model = fastres.convert(network("basic"), fusion="d")
     before = {n: b.clone() for n, b in model.named_buffers() if n.startswith("layer")}

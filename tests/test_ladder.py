@@ -203,6 +203,35 @@ def test_every_rung_is_exact_in_float64(name, layout, rung):
         torch.testing.assert_close(got[key], want, rtol=1e-9, atol=1e-11)
 
 
+def test_a_backend_may_join_behind_batch_statistics_alone(monkeypatch):
+    """Rung d asks for each conv whether the batch norm that it folds is a frozen one."""
+    module = importlib.import_module("fastres._reference_backend")
+    joint, why_not = module.conv_bwd_pointwise, module.conv_bwd_pointwise_why_not
+    joined: list[bool] = []
+
+    def recorded(*args):
+        joined.append(args[7] is not None and not args[7].training)
+        joint(*args)
+
+    monkeypatch.setattr(module, "conv_bwd_pointwise", recorded)
+    stage = STAGES["some BN frozen"]()
+    truth = step(plain, stage, torch.float64)
+    with fastres.use_backend("reference"):
+        step(fused, stage, torch.float64, "d")
+        every = joined[:]
+        assert 0 < sum(every) < len(every)
+        joined.clear()
+        monkeypatch.setattr(
+            module,
+            "conv_bwd_pointwise_why_not",
+            lambda *args: "a frozen batch norm" if args[-1] else why_not(*args),
+        )
+        got = step(fused, stage, torch.float64, "d")
+    assert joined == [False] * every.count(False)
+    for key, want in truth.items():
+        torch.testing.assert_close(got[key], want, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("rung", RUNGS)
 def test_an_input_that_needs_no_gradient(rung):
     stage = STAGES["bottleneck"]()

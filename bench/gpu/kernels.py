@@ -142,7 +142,7 @@ def why_not(case: Case, variant: str, s: Set) -> str | None:
     args = s["x"], s["w"], s["geometry"]
     reason = m.conv_why_not(*args)
     if reason is None and (case.op == "dgrad_wgrad" or variant == "d"):
-        reason = m.conv_bwd_pointwise_why_not(*args)
+        reason = m.conv_bwd_pointwise_why_not(*args, False)
     ends = case.h in ("norm_add_relu", "dual_add_relu") and (hopper or variant == "fused")
     if reason is None and ends and not s["shape"].pointwise:
         reason = "the block's end needs a 1x1 of stride 1"

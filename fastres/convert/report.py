@@ -13,10 +13,10 @@ from torch import nn
 from fastres import _winograd, backends, counters, inference, plan
 from fastres._layout import is_nhwc
 from fastres._spec import Spec, child, spec_obstacle
-from fastres.nn import FusedMixin, asked_rung
+from fastres.nn import FusedMixin, asked_rung, autocast_dtype
 from fastres.ops import Conv
-from fastres.ops._choice import parse
-from fastres.ops._ladder import own_missing, vendor_reason
+from fastres.ops._choice import Choice, parse
+from fastres.ops._ladder import cuda_reason, own_missing, vendor_reason
 
 from ._match import Match, find, original_type
 
@@ -118,14 +118,16 @@ def _by_winograd(backend: str, m: nn.Module, spec: Spec) -> str:
     return f"; {', '.join(found)} by Winograd's algorithm where faster" if found else ""
 
 
-def _planned(fusion: Any) -> list[str]:
+def _planned(m: Any) -> list[str]:
     """What the plan chose for the calls so far, and why."""
     found = []
-    for key, (_, choice, why) in getattr(fusion, "choices", {}).items():
+    for key, (_, choice, why) in m._fastres.choices.items():
         if (choice, why) == plan.HEURISTIC:
             continue
         shape, mode = "x".join(map(str, key[0])), "training" if key[5] else "inference"
         found.append(f"{mode} on {shape}: {choice} ({why})")
+        if key[5] and choice != plan.EAGER:
+            found[-1] += _apart(m, parse(choice), key[4] or key[2])
     return found
 
 
@@ -134,12 +136,15 @@ def _rung(m: nn.Module) -> str:
     fusion: Any = getattr(m, "_fastres", None)
     rung = None if fusion is None else asked_rung(fusion)
     if rung is None:
-        missing = None if fusion is None else own_missing()
+        if fusion is None:
+            return ""
+        missing = own_missing()
         text = "" if missing is None else f"; the convs are the vendor's: {missing}"
-        return "".join([text, *(f"; {text}" for text in _planned(fusion))])
+        return "".join([text, *(f"; {text}" for text in _planned(m))])
     text = f'; fusion "{rung}"'
     p = next(m.parameters())
-    if not parse(rung).rung.conv:
+    choice = parse(rung)
+    if not choice.rung.conv:
         return text
     try:
         backend = backends.select(p)
@@ -147,6 +152,9 @@ def _rung(m: nn.Module) -> str:
         return f"{text}: {e}"
     if not hasattr(backend, "conv_fprop"):
         return f"{text} cannot run here: the {backend.NAME} backend has no fused convolutions"
+    reason = backend.conv_missing(p.device) or cuda_reason(choice, p)
+    if reason is not None:
+        return f"{text} cannot run here: {reason}"
     where = []
     for path, _ in fusion.spec.pairs():
         conv = Conv.of(child(m, path))
@@ -163,7 +171,46 @@ def _rung(m: nn.Module) -> str:
             "; the weights are NCHW and copied in every call: "
             "model.to(memory_format=torch.channels_last)"
         )
-    return ", ".join([f"{text} on channels_last activations, others are an error", *where])
+    text = ", ".join([f"{text} on channels_last activations, others are an error", *where])
+    return text + _apart(m, choice, autocast_dtype(p) or p.dtype)
+
+
+def _apart(m: Any, choice: Choice, dtype: torch.dtype) -> str:
+    """Which of a block's convs a joint rung does not give one kernel for dgrad and wgrad, by
+    reason; the layers as they are now. (A conv that is the vendor's in any case is not listed.)"""
+    if not (choice.rung.joint and m.fuses_block):
+        return ""
+    p = next(m.parameters())
+    try:
+        backend: Any = backends.select(p)
+    except backends.BackendError:  # the row says so
+        return ""
+    if not hasattr(backend, "conv_fprop") or backend.conv_missing(p.device) is not None:
+        return ""
+    found: dict[str, list[str]] = {}
+    for i, (path, norm) in enumerate(m._fastres.spec.pairs()):
+        conv, bn = Conv.of(child(m, path)), child(m, norm)
+        name = f"conv{i + 1}" if i < len(m._fastres.spec.units) else "shortcut"
+        passes = f"{name}.dgrad", f"{name}.wgrad"
+        shape = 1, conv.weight.shape[1] * conv.groups, 8, 8
+        x = torch.empty(shape, dtype=dtype, device=p.device, memory_format=torch.channels_last)
+        if vendor_reason(backend, x, conv.weight, conv.geometry()) is not None:
+            continue
+        frozen = not bn.training and bn.running_mean is not None
+        if choice.vendor.intersection(passes):
+            reason: str | None = "the choice gives a pass to the vendor"
+        elif any(choice.tile(name) is not None for name in passes):
+            reason = "the choice gives a pass to the cuda backend"
+        elif not conv.weight.requires_grad:
+            reason = "the weight needs no gradient"
+        else:
+            reason = backend.conv_bwd_pointwise_why_not(x, conv.weight, conv.geometry(), frozen)
+        if reason is not None:
+            found.setdefault(reason, []).append(path)
+    if not found:
+        return ""
+    reasons = "; ".join(f"{', '.join(paths)}: {reason}" for reason, paths in found.items())
+    return f"; dgrad and wgrad not in one kernel in {str(dtype).removeprefix('torch.')} ({reasons})"
 
 
 def report(model: nn.Module) -> Report:
@@ -199,7 +246,7 @@ def report(model: nn.Module) -> Report:
             reason = spec_obstacle(m, own.spec)
             covered.update(id(m.get_submodule(p)) for p, _ in own.spec.covered())
             backend, why = _backend(m) if reason is None else ("", reason)
-            why += "" if reason else _by_winograd(backend, m, own.spec)
+            why += "" if reason else _by_winograd(backend, m, own.spec) + _rung(m)
             rows.append(
                 Row(
                     path or "(model)",

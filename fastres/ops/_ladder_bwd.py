@@ -162,7 +162,10 @@ class Backward:
             and need_dx
             and need_dw
             and dgrad is wgrad is self.backend
-            and self.backend.conv_bwd_pointwise_why_not(raw, weight, geometry) is None
+            and self.backend.conv_bwd_pointwise_why_not(
+                raw, weight, geometry, bn is not None and not bn.training
+            )
+            is None
         ):
             self.backend.conv_bwd_pointwise(
                 dx, sums, dw, g, raw, weight, geometry, bn, norm, dres, prev
