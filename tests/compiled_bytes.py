@@ -193,13 +193,16 @@ def compare(target: str, part: str, rung: str, counted=None) -> dict:
 
 
 def digest(target: str, part: str, rung: str) -> str:
-    """Changes when one of the row's kernels would compile to something else; compiles nothing."""
-    found: set[str] = set()
+    """Changes when one of the row's launches would be of other machine code, of other sizes or of
+    another number of programs, or one more or less; compiles nothing."""
+    found: list[tuple] = []
 
     @contextlib.contextmanager
     def captured() -> Iterator[Callable]:
         def run(memory, _, kernel, programs, *options, **constants):
-            found.add(aot.digest(launched(kernel, *options, **constants)))
+            launch = launched(kernel, *options, **constants)
+            sizes = [v for v in launch.args if isinstance(v, int)]
+            found.append((kernel.__name__, aot.digest(launch), programs, sizes))
 
         with aot_cases.capture(target), few_chunks(target):
             yield run
@@ -209,15 +212,20 @@ def digest(target: str, part: str, rung: str) -> str:
 
 
 def stale(targets) -> list[str]:
-    """The rows of this Triton's files whose kernels are others now."""
+    """The rows of this Triton's files that are missing, or whose launches are others now."""
     import triton
 
     out = []
     for target in targets:
         path = TABLE / f"triton-{triton.__version__}-{target}.json"
-        for row in json.loads(path.read_text())["rows"] if path.exists() else []:
-            if row.get("digest") != digest(target, row["part"], row["rung"]):
-                out.append(f"{target} {row['part']} {row['rung']}")
+        if not path.exists():
+            out.append(f"{target}: there is no {path.name}; --write {target} makes it")
+            continue
+        rows = {(r["part"], r["rung"]): r["digest"] for r in json.loads(path.read_text())["rows"]}
+        for part, rungs in PARTS.items():
+            for rung in rungs:
+                if rows.get((part, rung)) != digest(target, part, rung):
+                    out.append(f"{target} {part} {rung}")
     return out
 
 

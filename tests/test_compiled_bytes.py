@@ -43,7 +43,8 @@ def test_compiled_kernels_move_what_the_model_says():
 
 
 def test_the_committed_files_are_of_these_kernels():
-    """Part by part: no kernel, form or tile has changed since they were written. Thin: sm_90's."""
+    """Part by part: no kernel, form, tile, size or number of programs has changed since they were
+    written, and no launch has come or gone. Thin: sm_90's."""
     pytest.importorskip("triton")
     version = compiled_bytes.aot.triton_version()
     if not list(compiled_bytes.TABLE.glob(f"triton-{version}-*.json")):
@@ -53,6 +54,41 @@ def test_the_committed_files_are_of_these_kernels():
 
 
 FILES = sorted(compiled_bytes.TABLE.glob("*.json"))
+
+
+def test_every_target_has_a_file():
+    versions = {path.stem.split("-")[1] for path in FILES}
+    names = {f"triton-{v}-{target}" for v in versions for target in compiled_bytes.TARGETS}
+    assert versions and {path.stem for path in FILES} == names
+
+
+CHANGES = """
+import pathlib, sys
+import compiled_bytes as cb
+cb.PARTS = {"resnet18.stem": ("c1",)}
+assert cb.stale(["sm_90"]) == []
+before = cb.digest("sm_90", "resnet18.stem", "c1")
+step, chunks = cb.step, cb.CHUNKS
+cb.CHUNKS = 2  # more or fewer programs of the same machine code
+assert cb.digest("sm_90", "resnet18.stem", "c1") != before
+cb.CHUNKS, cb.step = chunks, lambda *args: (step(*args), step(*args))  # each launch once more
+assert cb.digest("sm_90", "resnet18.stem", "c1") != before
+assert cb.stale(["sm_90"]) == ["sm_90 resnet18.stem c1"]
+cb.PARTS = {"resnet18.stem": ("d",)}
+assert cb.stale(["sm_90"]) == ["sm_90 resnet18.stem d"]  # no such row
+cb.TABLE = pathlib.Path(sys.argv[1])
+print(cb.stale(["sm_90"])[0])
+"""
+
+
+def test_what_is_missing_or_changed_is_stale(tmp_path):
+    pytest.importorskip("triton")
+    version = compiled_bytes.aot.triton_version()
+    if not list(compiled_bytes.TABLE.glob(f"triton-{version}-*.json")):
+        pytest.skip(f"no file of Triton {version} is committed")
+    done = subprocess_of(["-c", CHANGES, str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(f"sm_90: there is no triton-{version}-sm_90.json; --write sm_90")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
