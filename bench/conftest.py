@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastres.bench.options import ROOM
 from fastres.bench.report import write_json
 
 from . import cases, session, timing
@@ -115,8 +116,8 @@ def _check_json_path(config: pytest.Config) -> None:
     if not folder.is_dir():
         raise pytest.UsageError(f"{JSON}: the folder of '{path}' does not exist")
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
     except OSError as error:
         raise pytest.UsageError(f"{JSON}: '{path}' cannot be written: {error.strerror}") from None
 

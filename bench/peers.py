@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.memory import exhausted
+
 from .cases import Case
 from .session import Session
-from .timing import Variant, is_out_of_memory
+from .timing import Variant
 
 
 def autocast(device: str, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
@@ -34,7 +36,7 @@ def attempt(name: str, make: Callable[[], Callable[[], Any]]) -> Variant:
     try:
         return Variant(name, make())
     except Exception as error:
-        if is_out_of_memory(error):
+        if exhausted(error):
             raise
         found = Variant(name, None)
         found.fail(error)

@@ -240,7 +240,12 @@ def write(results: Path = RESULTS, page: Path = PAGE) -> tuple[int, list[str]]:
     were rendered, and the files written."""
     text, drawn = render(results)
     folder = page.parent / CHARTS
-    page.write_text(text)
+    part = page.with_name(f".{page.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(page)
+    finally:
+        part.unlink(missing_ok=True)
     if drawn:
         folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):

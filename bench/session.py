@@ -29,8 +29,9 @@ import torch
 from fastres import backends
 from fastres.bench.machine import Machine, measure
 from fastres.bench.stats import speed_ratios
+from fastres.memory import exhausted
 
-from .timing import CLOCK, OURS, Variant, is_out_of_memory
+from .timing import CLOCK, OURS, Variant
 
 SCHEMA_VERSION = 1
 KIND = "fastres pytest-benchmark"
@@ -125,7 +126,7 @@ class Session:
                 result = run(batch)
                 break
             except Exception as error:
-                if not is_out_of_memory(error) or batch == 1:
+                if not exhausted(error) or batch == 1:
                     raise
                 error.__traceback__ = error.__context__ = None  # their frames hold the tensors
             batch //= 2

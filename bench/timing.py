@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fastres.bench.stats import rotation
+from fastres.memory import exhausted
 
 OURS = "fastres"
 GRAPH_BELOW = 1e-3  # seconds a call: shorter ones are timed as a CUDA graph
@@ -84,16 +85,6 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or torch's CPU allocator, had no memory left."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text
-    )
-
-
 def cache_bytes(device: str) -> int:
     """Bytes of the last-level cache."""
     if device == "cuda":
@@ -147,7 +138,7 @@ def graph_all(variants: Sequence[Variant], repeat: int, capture: Callable = _gra
         try:
             replays.append(capture(variant.call, repeat))
         except Exception as error:
-            if is_out_of_memory(error):
+            if exhausted(error):
                 raise
             return f"{variant.name} cannot be captured: {one_line(error)}"
     for variant, replay in zip(active, replays, strict=True):
@@ -172,7 +163,7 @@ def warm_up(variants: Sequence[Variant], repeat: int, graphs: bool = True) -> fl
                 taken = (CLOCK() - start) / variant.calls
                 least[variant.name] = min(least.get(variant.name, taken), taken)
         except Exception as error:
-            if variant.name == OURS or is_out_of_memory(error):
+            if variant.name == OURS or exhausted(error):
                 raise
             variant.fail(error)
             least.pop(variant.name, None)
@@ -215,7 +206,7 @@ def take_turns(
                 _calls(variant, iters)
                 variant.seconds.append((CLOCK() - begin) / (iters * variant.calls))
             except Exception as error:
-                if is_out_of_memory(error):
+                if exhausted(error):
                     raise
                 variant.fail(error)
 
@@ -233,7 +224,7 @@ def take_turns(
             lambda: _calls(ours, iters), setup=setup, teardown=teardown, rounds=rounds
         )
     except Exception as error:
-        if is_out_of_memory(error):
+        if exhausted(error):
             _reuse(benchmark)
         raise
     if benchmark.stats is not None:

@@ -16,6 +16,7 @@ from fastres.bench.options import (
     add_arguments,
     at_least,
     check_model_name,
+    check_training_batch,
     options_from,
     positive,
 )
@@ -221,6 +222,8 @@ def _sample(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, tor
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     check_model_name(args.model)
+    if args.mode != "inference":
+        check_training_batch(args.batch, args.size)
     import torch
 
     import fastres
@@ -248,9 +251,11 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
                 candidate_seconds=args.candidate_seconds, missing=args.missing,
                 each=lambda path, key, entry: done.append(path),
             )  # fmt: skip
-    except (KeyboardInterrupt, SystemExit):
+    except BaseException:
+        unsaved = plan.current(device).unsaved
         kept = f"{len(done)} blocks are saved in {file}" if done else "nothing was measured yet"
-        print(f"fastres: {kept}; --missing goes on with the others", file=sys.stderr)
+        kept = f"not saved: {unsaved}" if unsaved else f"{kept}; --missing goes on with the others"
+        print(f"fastres: {kept}", file=sys.stderr)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -299,6 +304,8 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _report(args: argparse.Namespace, argv: list[str]) -> int:
     check_model_name(args.model)
+    if args.batch is not None and args.mode != "inference":
+        check_training_batch(args.batch, args.size)
     import fastres
     from fastres.bench.models import build_model
 
@@ -380,6 +387,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastres: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (RuntimeError, MemoryError) as error:
+        from fastres.memory import exhausted
+
+        if not exhausted(error):
+            raise
+        text = (str(error).strip() or "no memory is left").splitlines()[0]
+        print(f"fastres: error: {text}; a smaller --batch or --size needs less", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ each activation of a training step is page-faulted again: a third of a ResNet-50
 (ANCHORS.md). `keep_buffers` turns that off with mallopt, for the whole process: M_MMAP_MAX=0,
 M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 MiB. The price is that peak memory stays with the process until it
 ends. `FASTRES_MALLOC=0` leaves malloc alone; `release_buffers()` restores glibc's
-defaults for what is allocated from then on."""
+defaults for what is allocated from then on.
+
+`exhausted` tells an error for want of memory from others."""
 
 from __future__ import annotations
 
@@ -25,6 +27,18 @@ def state() -> str:
         "on: large buffers are kept"
         if _kept
         else "not yet: the first convert of a CPU model turns it on"
+    )
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether a device, or torch's CPU allocator, had no memory left."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text
     )
 
 

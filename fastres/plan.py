@@ -47,6 +47,7 @@ EAGER = "eager"
 # and up replace the vendor's convs and are worth it where a measurement says so.
 HEURISTIC = "b", "heuristic: vendor convs with the passes around them fused; fastres.tune measures"
 TABLES = Path(__file__).parent / "tables"
+ROOM = 1 << 18  # bytes, of the plan of a few networks
 
 
 @dataclass(frozen=True, order=True)
@@ -263,12 +264,15 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def why_not_writable(path: Path) -> str | None:
-    """None when a file can be written beside path, whose folder is made, otherwise the reason."""
+    """None when a file of ROOM can be written beside path, whose folder is made, otherwise the
+    reason."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("")
-        partial.unlink()
+        try:
+            partial.write_bytes(bytes(ROOM))
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as e:
         return str(e)
     return None

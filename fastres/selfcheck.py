@@ -350,8 +350,12 @@ def _remember(who: dict[str, str], passed: set[str]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"identity": who, "passed": sorted(passed)}, indent=1) + "\n")
-        partial.replace(path)
+        text = json.dumps({"identity": who, "passed": sorted(passed)}, indent=1) + "\n"
+        try:
+            partial.write_text(text)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def obstacle(x: Tensor, family: str, backend: str | None = None) -> str | None:

@@ -36,6 +36,7 @@ from fastres.bench.stats import rotation, spread
 from fastres.convert import revert
 from fastres.convert._match import Match, find
 from fastres.convert.verify import check_sample, compare_block
+from fastres.memory import exhausted
 from fastres.nn import FusedMixin, ResidualBlockMixin
 from fastres.ops._choice import PASSES, RUNGS, parse, with_pass
 from fastres.plan import EAGER, Entry, Key
@@ -123,8 +124,7 @@ def tune(
     each: Callable[[str, Key, Entry], None] | None = None,
 ) -> Tuning:
     """Measure the candidates for each distinct block of a converted model on `sample`, save the
-    choices in the user's cache (fastres.plan), and use them from now on, but for blocks that a
-    table in the package has.
+    choices in the user's cache (fastres.plan), and use them unless a packaged table has the block.
 
     sample: a batch (N, C, H, W) as the model will see it: the choices hold for its shapes, and for
     the autocast state tune is called in. modes: "training" (forward and backward), "inference", or
@@ -204,10 +204,10 @@ def tune(
                 progress.step()
     covered = len(entries.keys() & current.packaged.keys())
     if covered:
-        log.warning(
-            "fastres.tune: %d of the %d blocks are in the package's table, which comes before what "
-            "was measured now", covered, len(entries),
-        )  # fmt: skip
+        text = (
+            "fastres.tune: of %d blocks, %d have an entry in the package's table, which comes first"
+        )
+        log.warning(text, len(entries), covered)
     plan.synchronise(device)
     return Tuning(entries, paths, left)
 
@@ -292,7 +292,7 @@ def check(target: Target, candidate: str) -> str | None:
 
 
 def explain(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
+    if exhausted(error):
         return "out of memory"
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
@@ -483,7 +483,9 @@ def _prepare(
                 steps[name] = step_of(target, name)
                 steps[name]()  # compile, allocate
                 steps[name]()
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as e:
+                if not exhausted(e):
+                    raise
                 reason = "out of memory"
                 steps.pop(name, None)
         if reason is not None:

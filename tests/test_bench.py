@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 
 import fastres
 from fastres import cli
-from fastres.bench import chart, data, models, report, runner, stats, variants, verify, worker
+from fastres.bench import chart, data, main, models, report, runner, stats, variants, verify, worker
 from fastres.bench.options import Case, Options, UsageError
 from fastres.bench.saved import saved_bytes
 
@@ -410,6 +411,29 @@ def test_json_is_strict_and_replaces_the_old_file_whole(tmp_path):
     loaded = json.loads(file.read_text(), parse_constant=refuse)
     assert loaded["cases"][0]["variants"][3]["errors"]["gradients"]["rms"] == "inf"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_results_that_find_no_room_are_written_elsewhere(tmp_path, monkeypatch, capsys):
+    write, json_file, png = report.write_json, str(tmp_path / "r.json"), str(tmp_path / "r.png")
+
+    def full(result, file):
+        if file == json_file:
+            raise OSError(28, "No space left on device")
+        write(result, file)
+
+    monkeypatch.setattr(report, "write_json", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spare"))
+    (tmp_path / "spare").mkdir()
+    options = Options("resnet18", json=json_file, png=png)
+    assert not main.save(small_result(), options, "a CPU")
+    said = capsys.readouterr()
+    (spare,) = (tmp_path / "spare").glob("r-*.json")
+    assert json.loads(spare.read_text())["cases"] and Path(png).stat().st_size > 1000
+    assert f"wrote {spare} and {png}" in said.out
+    assert f"--json: cannot write '{json_file}': No space left on device" in said.err
+    monkeypatch.setattr(report, "write_json", write)
+    assert main.save(small_result(), options, "a CPU") and Path(json_file).exists()
+    assert len(list((tmp_path / "spare").iterdir())) == 1
 
 
 def test_chart_is_a_picture_with_a_bar_for_fastres(tmp_path):

@@ -229,6 +229,39 @@ def test_full_disk_keeps_the_results_elsewhere(tmp_path, monkeypatch):
     assert json.loads(spare.read_text()) == {"a": 1}
 
 
+def test_full_disk_is_told_before_anything_runs(tmp_path, monkeypatch):
+    from bench import conftest
+
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *how):
+            return None
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = SimpleNamespace(getoption=lambda name, default=None: tmp_path / "new.json")
+    monkeypatch.setattr(conftest.tempfile, "TemporaryFile", lambda dir: Full())
+    with pytest.raises(pytest.UsageError, match="new.json' cannot be written: No space left"):
+        conftest._check_json_path(config)
+
+
+def test_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("old")
+
+    def full(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write(tmp_path / "none", page)
+    assert page.read_text() == "old" and list(tmp_path.iterdir()) == [page]
+
+
 # --- report ---------------------------------------------------------------------------------------
 
 

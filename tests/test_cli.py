@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,11 +97,29 @@ def test_unknown_model_lists_the_accepted_ones(run):
         # not by permissions, which root has
         (["bench", "resnet18", "--json", "/proc/x.json"], "--json: cannot write '/proc/x.json'"),
         (["bench", "resnet18", "--png", "x" * 300], "--png: cannot write 'xxx"),
+        (["bench", "resnet18", "--batch", "1", "--size", "32"], "on a single value a channel"),
+        (["tune", "resnet18", "--batch", "1", "--size", "32"], "--batch 2 or --size 33 can"),
+        (["report", "resnet18", "--batch", "1", "--size", "32"], "one image of 32 px is 1x1"),
         (["bench", "resnet18", "--what"], "unrecognized arguments: --what"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(run, argv, words):
     assert words in error_of(run(*argv))
+
+
+def test_a_full_disk_is_told_before_anything_runs(run, monkeypatch, tmp_path):
+    full = SimpleNamespace(free=4096)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    message = error_of(run("bench", "resnet18", "--json", "x.json"))
+    assert "--json: no room for 'x.json': its disk has 4,096 bytes left, 1,048,576" in message
+    assert not list(tmp_path.iterdir())
+
+    def write(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    message = error_of(run("tune", "resnet18", "--batch", "2", "--size", "32"))
+    assert "the plan cannot be saved" in message and "No space left on device" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")

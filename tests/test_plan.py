@@ -108,7 +108,7 @@ def test_a_plan_that_cannot_be_saved_holds_in_this_process(tmp_path, monkeypatch
     assert caplog.text.count("cannot be saved") == 1 and "FASTRES_CACHE" in caplog.text
     from fastres import cli
 
-    assert cli.main(["tune", "resnet18", "--batch", "1", "--size", "32"]) == 2
+    assert cli.main(["tune", "resnet18", "--batch", "2", "--size", "32"]) == 2
 
 
 def test_other_kernels_are_another_identity(monkeypatch, tmp_path):

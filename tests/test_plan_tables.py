@@ -59,11 +59,11 @@ def test_a_tuned_cache_becomes_a_table(tables, caplog, monkeypatch):
         model.eval()(x)
     assert str(fastres.report(model)).count("(table: measured ") == 5
     assert fastres.tune(model, x, modes=("inference",), missing=True).entries == {}
-    assert "comes before" not in caplog.text
+    assert "comes first" not in caplog.text
     key = next(iter(found))
     here.packaged = {key: found[key]}
     fastres.tune(model, x, modes=("inference",))
-    assert "1 of the 5 blocks are in the package's table, which comes before" in caplog.text
+    assert "of 5 blocks, 1 have an entry in the package's table, which comes first" in caplog.text
     assert here.lookup(key)[1].startswith("table: ") and key in here.cached
 
 

@@ -251,6 +251,16 @@ def test_a_pass_is_remembered_and_a_failure_is_not(cache, monkeypatch, caplog):
     assert selfcheck.obstacle(x.double(), "pool") is None  # the reference runs that
 
 
+def test_a_full_disk_is_left_as_it_was(cache, monkeypatch):
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    backend("cpu")
+    monkeypatch.setattr(type(cache), "replace", full)
+    assert selfcheck.obstacle(torch.zeros(1, 8, 2, 2), "passes") is None
+    assert not list(cache.iterdir())
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"identity": {}, "passed": ["cpu passes float32 v5"]}']
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
 import tempfile
@@ -208,7 +209,7 @@ def run(options: Options, argv: list[str]) -> int:
     """The whole command; returns the exit code."""
     from rich.console import Console
 
-    from fastres.bench import chart, environment, report
+    from fastres.bench import environment, report
     from fastres.bench.truth import make_fixture
 
     options = resolve_device(options)
@@ -254,8 +255,32 @@ def run(options: Options, argv: list[str]) -> int:
     console = Console(width=None if sys.stdout.isatty() else 150)
     print_checks(rows, passed)
     report.print_result(result, console, line)
-    report.write_json(result, options.json)
-    chart.draw(result, str(options.png), line)
-    print(f"wrote {options.json} and {options.png}")
+    saved = save(result, options, line)
     ours = [row for case in cases for row in case["variants"] if row["name"] == "fastres"]
-    return 0 if all(row["status"] == "ok" for row in ours) else FAILED
+    return 0 if saved and all(row["status"] == "ok" for row in ours) else FAILED
+
+
+def save(result: dict[str, Any], options: Options, line: str) -> bool:
+    """Writes JSON and chart, and says where; of a JSON that finds no room a copy elsewhere."""
+    from fastres.bench import chart, report
+
+    spare = str(Path(tempfile.gettempdir()) / f"{Path(options.json).stem}-{os.getpid()}.json")
+    written: list[str] = []
+    errors: list[str] = []
+    for what, file, write in (
+        ("--json", options.json, report.write_json),
+        ("--json, instead", spare, report.write_json),
+        ("--png", str(options.png), lambda result, file: chart.draw(result, file, line)),
+    ):
+        if file == spare and not errors:
+            continue
+        try:
+            write(result, file)
+            written.append(file)
+        except OSError as error:
+            errors.append(f"argument {what}: cannot write '{file}': {error.strerror or error}")
+    if written:
+        print(f"wrote {' and '.join(written)}")
+    for text in errors:
+        print(f"fastres: error: {text}", file=sys.stderr)
+    return not errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ MODELS = (
 MODES = ("inference", "train")
 QUICK_SECONDS = 6.0  # of timing per dtype and mode with --quick
 MIN_SIZE = 32  # a ResNet divides the side by 32
+ROOM = 1 << 20  # bytes free on a disk that results are to be written to: they take some 100 KB
 
 
 class UsageError(Exception):
@@ -88,6 +90,15 @@ def check_model_name(name: str) -> str:
     near = difflib.get_close_matches(name.lower().replace("-", "_"), MODELS, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise UsageError(f"unknown model '{name}'{hint} Accepted: {', '.join(MODELS)}")
+
+
+def check_training_batch(batch: int, size: int) -> None:
+    """Refuses a batch whose batch norms have one value a channel: torch does, in the last stage."""
+    if batch == 1 and size <= MIN_SIZE:
+        raise UsageError(
+            f"argument --batch: one image of {size} px is 1x1 in the last stage, where batch norm "
+            f"cannot train on a single value a channel; --batch 2 or --size {MIN_SIZE + 1} can"
+        )
 
 
 def at_least(minimum: int) -> Any:
@@ -243,6 +254,12 @@ def _output_path(text: str, option: str) -> str:
         path.open("ab").close()
         if not existed:
             path.unlink()
+        free = shutil.disk_usage(path.parent).free
+        if free < ROOM and (path.is_file() or not existed):  # not a device
+            raise UsageError(
+                f"argument {option}: no room for '{text}': its disk has {free:,} bytes left, "
+                f"{ROOM:,} are asked for"
+            )
     except OSError as e:
         raise UsageError(f"argument {option}: cannot write '{text}': {e.strerror}") from e
     return str(path)
@@ -253,6 +270,7 @@ def options_from(args: argparse.Namespace) -> Options:
     if args.model is None:
         raise UsageError("the following arguments are required: MODEL")
     model = check_model_name(args.model)
+    check_training_batch(args.batch, args.size)  # statistics settle, gradients are checked
     images, weights = args.images, args.weights
     if images is not None:
         if not Path(images).is_dir():
