@@ -27,8 +27,9 @@ from bench.gpu.record import Record
 TESTS = (
     "test_cuda_conv.py", "test_cuda_pointwise.py", "test_cuda_ladder.py", "test_cuda_tiles.py",
     "test_bn_stats.py", "test_bn_apply.py", "test_bn_bwd.py", "test_add_relu.py",
-    "test_bn_relu_maxpool.py", "test_graph.py", "test_fusion.py", "test_ladder.py", "test_conv.py",
-    "test_triton_cuts.py", "test_cuda_build.py",
+    "test_bn_relu_maxpool.py", "test_graph.py", "test_fusion.py", "test_ladder.py",
+    "test_ladder_choices.py", "test_conv.py", "test_conv_limits.py", "test_triton_cuts.py",
+    "test_cuda_build.py",
 )  # fmt: skip
 ON_GPU = (
     # the C++ kernels of the CPU have no business here
