@@ -171,6 +171,7 @@ def test_kernels_that_fail_their_check_under_use_backend(monkeypatch):
         model(images())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_who_only_watches_gets_the_original_operations(request_):
     from torch.utils.flop_counter import FlopCounterMode
