@@ -1,8 +1,8 @@
 // What the binding files share: addresses and shapes from Python to the kernels' argument blocks.
-// For bindings only; the kernels' own headers define no functions (see cpu/kernels.h).
+// For bindings only; the kernels' own headers define no functions (see cpu/blocks.h).
 #pragma once
 
-#include "cpu/kernels.h"
+#include "cpu/blocks.h"
 
 namespace fastres {
 

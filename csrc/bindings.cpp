@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "build_info.h"
 #include "cpu/runtime.h"
+#include "watch.h"
 #ifdef FASTRES_CUDA
 #include "cuda/bindings.h"
 #endif
@@ -109,6 +110,13 @@ void bn_relu_maxpool_bwd_apply(Ptr dx, Ptr dz, Ptr index, Ptr x, Ptr mean, Ptr r
                                        act(dtype, nhwc, n, c, h * w)});
 }
 
+void max_pool(Ptr z, Ptr x, int kernel, int stride, int padding, int dtype, I64 n, I64 c, I64 h,
+              I64 w, I64 oh, I64 ow) {
+  kernels().max_pool({any(z), any(x), dtype, n, c, {h, w, oh, ow, kernel, stride, padding}});
+}
+
+I64 abs_max(Ptr x, int dtype, I64 count) { return kernels().abs_max(any(x), dtype, count); }
+
 WinogradWeights winograd(Ptr w, int dtype, I64 k, I64 c, I64 stride_k, I64 stride_c, I64 stride_r,
                          I64 stride_s, bool turned) {
   return {f32(w), dtype, k, c, stride_k, stride_c, stride_r, stride_s, turned};
@@ -201,12 +209,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("bn_relu_maxpool", &bn_relu_maxpool, NoGil());
   m.def("bn_relu_maxpool_bwd_reduce", &bn_relu_maxpool_bwd_reduce, NoGil());
   m.def("bn_relu_maxpool_bwd_apply", &bn_relu_maxpool_bwd_apply, NoGil());
+  m.def("max_pool", &fastres::max_pool, NoGil());
+  m.def("abs_max", &fastres::abs_max, NoGil());
   m.def("winograd_weights", &winograd_weights, NoGil());
   m.def("winograd_fprop", &winograd_fprop, NoGil());
   m.def("winograd_wgrad", &winograd_wgrad, NoGil());
   m.def("winograd_wgrad_jobs", &winograd_wgrad_jobs);
   m.def("update_running_stats", &update_running_stats);
   m.def("copy", &copy, NoGil(), "Parallel memcpy(dst, src, bytes): the bandwidth yardstick.");
+
+  py::class_<Watch>(m, "Watch", "Whether modules and tensors are as they were: fastres/_watch.py.")
+      .def(py::init<py::list, py::list, py::list, py::list>())
+      .def("holds", &Watch::holds);
 
   m.def("isa", &isa, "The ISA in use; FASTRES_CPU_ISA forces one.");
   m.def("isas", &isas, "The ISA variants of this build that this CPU runs, worst first.");

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _heuristic, _winograd, backends, inference, plan, selfcheck
 from ._spec import Spec, child
+from ._watch import Routes
 from .ops import BatchNorm, Block, Conv, Unit
 from .ops._choice import parse
 from .ops._ladder import check_fusion, own_rung
@@ -42,6 +43,8 @@ class Fusion:
     choices: dict[tuple, tuple[int, str, str]] = field(default_factory=dict)
     cache: inference.Cache = field(default_factory=inference.Cache)
     programs: Programs = field(default_factory=Programs)
+    linear: inference.LinearCache = field(default_factory=inference.LinearCache)
+    routes: Routes = field(default_factory=Routes)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -98,6 +98,10 @@ def has_hooks(module: Any) -> bool:
     )
 
 
+def global_hooks() -> bool:
+    return any(_GLOBAL_HOOKS)
+
+
 def conv_obstacle(conv: nn.Conv2d, name: str) -> str | None:
     """Why a fused op cannot stand in for this conv; None when it can."""
     if conv.padding_mode != "zeros":
@@ -164,7 +168,7 @@ def spec_obstacle(module: nn.Module, spec: Spec) -> str | None:
     for kind in spec.kinds():
         if replaced(kind, "forward"):
             return f"{kind.__name__}.forward was replaced"
-    if any(_GLOBAL_HOOKS):
+    if global_hooks():
         return "a global module hook is registered"
     return None
 

@@ -21,6 +21,7 @@ itself is measured."""
 from __future__ import annotations
 
 import math
+import struct
 import sys
 import threading
 from collections import Counter, OrderedDict
@@ -30,7 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _winograd, counters
+from . import _native, _winograd, counters
+from ._arguments import DTYPE
 from ._layout import is_nhwc
 from ._members import tensor_of
 
@@ -157,6 +159,11 @@ class Cache:
             self._variants.move_to_end(key)
             return folded
 
+    def held(self, dtype: torch.dtype, shape: Sequence[int]) -> Folded | None:
+        """What the last call of inputs like these ran on, if it is packed."""
+        with self._lock:
+            return self._variants.get((dtype, shape))
+
     def _add(self, key: tuple, pairs: Sequence[Pair], shapes: list[Shape], add: str) -> Folded:
         """Fold for a variant that is not held; hold it if there is room, or if it keeps coming."""
         if len(self._variants) >= PACKS_KEPT:
@@ -200,6 +207,61 @@ class Cache:
                 )
             packs.append(Packed(weight, shift, shift.to(dtype), *geometry))
         return Folded(packs, self._bound)
+
+
+class Linear(NamedTuple):
+    """A linear layer, its weight in oneDNN's own layout: autocast casts it in every call."""
+
+    weight: Tensor
+    bias: Tensor | None
+    features: int
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dim() == 2 and x.shape[1] == self.features and x.dtype == self.weight.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        call = torch.ops.mkldnn._linear_pointwise.default
+        return call(x.contiguous(), self.weight, self.bias, "none", [], "")
+
+
+class LinearCache:
+    """A packed linear layer by dtype, while its tensors are what they were. Not copied, not
+    pickled."""
+
+    def __init__(self) -> None:
+        self._sources: list[_Source] = []
+        self._packed: dict[torch.dtype, Linear] = {}
+
+    def __deepcopy__(self, memo: dict) -> LinearCache:
+        return LinearCache()
+
+    def __reduce__(self) -> tuple:
+        return (LinearCache, ())
+
+    def clear(self) -> None:
+        self._packed = {}
+
+    def get(self, fc: nn.Linear, dtype: torch.dtype, autocast: bool) -> Linear | None:
+        """fc on activations of a dtype, to which autocast casts fp32 ones; None where torch must
+        run it."""
+        tensors = fc.weight, fc.bias
+        for t in tensors:
+            if t is None:
+                continue
+            if not t.is_cpu or t.is_inference():
+                return None
+            if t.dtype != dtype and not (autocast and t.dtype == torch.float32):
+                return None
+        same = all(s.holds(t) for s, t in zip(self._sources, tensors, strict=False))
+        if not self._sources or not same:
+            self._sources, self._packed = [_Source.of(t) for t in tensors], {}
+        packed = self._packed.get(dtype)
+        if packed is None:
+            with torch.no_grad():
+                weight = torch.ops.mkldnn._reorder_linear_weight(fc.weight.to(dtype))
+                bias = None if fc.bias is None else fc.bias.detach().to(dtype)
+            packed = self._packed[dtype] = Linear(weight, bias, fc.in_features)
+        return packed
 
 
 def _winograd_runs(c: nn.Conv2d, shape: Shape, dtype: torch.dtype) -> bool:
@@ -283,6 +345,19 @@ def usable(x: Tensor) -> str | None:
     return None
 
 
+_epoch = 0
+
+
+def epoch() -> int:
+    """Moves when somebody says that folded weights are stale: what was derived of them is, too."""
+    return _epoch
+
+
+def forget() -> None:
+    global _epoch
+    _epoch += 1
+
+
 def sharded() -> bool:
     """Whether FSDP2 is at work in this process: it writes gathered parameters into storage that it
     keeps, and puts their version counters back."""
@@ -299,8 +374,7 @@ def admit(x: Tensor, largest: float | None, b: Bound) -> float | None:
         version, marked = getattr(x, _MARK, (0, None))
         largest = marked if marked is not None and version == x._version else None
     if largest is None or largest > b.safe:
-        low, high = torch.aminmax(x.permute(0, 2, 3, 1))
-        largest = max(-low.item(), high.item())
+        largest = abs_max(x)
     if largest <= b.safe:
         return b.gain * largest + b.shift
     counters.count(
@@ -312,10 +386,48 @@ def admit(x: Tensor, largest: float | None, b: Bound) -> float | None:
     return None
 
 
+def in_channels_last(x: Tensor) -> Tensor:
+    """A network's input in the layout that it runs in."""
+    if is_nhwc(x):
+        return x
+    counters.count("inference: a batch of images copied to channels_last")
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def abs_max(x: Tensor) -> float:
+    """max |x|, NaN where x holds one; x dense."""
+    bits = _native.module().abs_max(x.data_ptr(), DTYPE[x.dtype], x.numel())
+    if x.dtype == torch.bfloat16:
+        bits <<= 16
+    return struct.unpack("f", struct.pack("I", bits))[0]
+
+
 def mark(z: Tensor, largest: float | None) -> Tensor:
     """z, its bound remembered until somebody writes to it. (Inference tensors do not tell.)"""
     if largest is not None and not z.is_inference():
         setattr(z, _MARK, (z._version, largest))
+    return z
+
+
+def block(x: Tensor, packs: Sequence[Packed], projected: bool, own_input: bool) -> Tensor:
+    """relu(conv_K(... relu(conv_1(x))) + s), s = x or, `projected`, the last pack's conv of x.
+    own_input: z may be written over x."""
+    residual = conv(x, packs[-1], relu=False) if projected else x
+    *inner, last = packs[:-1] if projected else packs
+    h = x
+    for packed in inner:
+        h = conv(h, packed, relu=True)
+    return conv_add_relu(h, last, residual, projected or own_input)
+
+
+def max_pool(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    """maxpool(x) of x >= 0, channels_last."""
+    n, c, *size = x.shape
+    out = [(s + 2 * padding - kernel) // stride + 1 for s in size]
+    z = torch.empty((n, c, *out), dtype=x.dtype, memory_format=torch.channels_last)
+    _native.module().max_pool(
+        z.data_ptr(), x.data_ptr(), kernel, stride, padding, DTYPE[x.dtype], n, c, *size, *out
+    )
     return z
 
 

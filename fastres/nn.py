@@ -49,7 +49,6 @@ from .ops import (
     conv_bn_relu,
     conv_bn_relu_maxpool,
     residual_block,
-    residual_stage,
 )
 from .ops._args import check_conv_bn
 from .ops._choice import parse
@@ -175,7 +174,7 @@ class ResidualBlockMixin(FusedMixin):
         if reason is None:
             choice, _ = choice_of(self, x)
             if choice != plan.EAGER:
-                return _marked(*self._fused(x, False, None, choice))
+                return marked(*self._fused(x, False, None, choice))
         else:
             self._leave(reason, x)
         return super().forward(x)  # type: ignore[misc]
@@ -192,7 +191,7 @@ class ResidualBlockMixin(FusedMixin):
         return reason
 
     def fused_forward(self, x: Tensor) -> Tensor:
-        return _marked(*self._fused(x, False, None, choice_of(self, x)[0]))
+        return marked(*self._fused(x, False, None, choice_of(self, x)[0]))
 
     def _fused(
         self, x: Tensor, own_input: bool, largest: float | None, choice: str
@@ -203,7 +202,7 @@ class ResidualBlockMixin(FusedMixin):
         |x|, if known. choice: choice_of this call."""
         module: nn.Module = self  # type: ignore[assignment]
         spec = self._fastres.spec
-        x = _cast_input(module, spec, x)
+        x = cast_input(module, spec, x)
         if (
             choice in ("b", plan.EAGER)
             and torch.is_grad_enabled()
@@ -252,7 +251,7 @@ def _unit_facts(conv: Conv, bn: BatchNorm) -> tuple:
     return (*conv[2:], bn.eps, *map(_facts, (conv.weight, *bn[:4])))
 
 
-def _cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
+def cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
     """x in the dtype the convs run in: autocast's, otherwise its own, which must be the
     weights'."""
     weight = tensor_of(child(module, spec.units[0][0]), "weight")
@@ -291,83 +290,11 @@ def _folded_block(
     bound = None if folded is None else inference.admit(x, largest, folded.bound)
     if folded is None or bound is None:
         return None
-    packs = folded.packs
-    residual = x if spec.shortcut is None else inference.conv(x, packs[-1], relu=False)
-    h, main = x, len(spec.units)
-    for packed in packs[: main - 1]:
-        h = inference.conv(h, packed, relu=True)
-    inplace = spec.shortcut is not None or own_input
-    return inference.conv_add_relu(h, packs[main - 1], residual, inplace), bound
+    return inference.block(x, folded.packs, spec.shortcut is not None, own_input), bound
 
 
-def _bypassable(module: Any) -> bool:
-    """Whether calling module is calling its class's forward: no hook, no forward of its own."""
-    return not has_hooks(module) and "forward" not in module.__dict__
-
-
-def run_blocks(
-    layers: list[Any], x: Tensor, own_input: bool, largest: float | None = None
-) -> Tensor:
-    """layers[-1](... layers[0](x)), each a Sequential of blocks. largest: a bound of |x|, if known.
-
-    In inference a tensor that only passes from block to block is added to in place, which spares
-    one pass over memory for every identity shortcut. A hook on a layer or a block sees tensors, so
-    none there is written over. On rungs c1 and up the blocks of a layer run as one stage, fused
-    across their borders."""
-    for layer in layers:
-        rung = _stage_rung(layer, x)
-        if rung is not None:
-            x, own_input, largest = _run_stage(list(layer), x, rung), False, None
-            continue
-        watched = (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or type(layer) is not nn.Sequential
-            or not _bypassable(layer)
-        )
-        if watched:
-            x, own_input, largest = layer(_marked(x, largest)), False, None
-            continue
-        for block in layer:
-            fused = (
-                isinstance(block, ResidualBlockMixin)
-                and _bypassable(block)
-                and block._obstacle(x) is None
-            )
-            choice = choice_of(block, x)[0] if fused else plan.EAGER
-            if choice != plan.EAGER:
-                (x, largest), own_input = block._fused(x, own_input, largest, choice), True
-            else:
-                x, own_input, largest = block(_marked(x, largest)), False, None
-    return x
-
-
-def _marked(x: Tensor, largest: float | None) -> Tensor:
+def marked(x: Tensor, largest: float | None) -> Tensor:
     return x if largest is None else inference.mark(x, largest)
-
-
-def _stage_rung(layer: Any, x: Tensor) -> str | None:
-    """The rung above b that was asked for on all blocks of a layer, if they are fused and
-    unwatched; None when they do not run as one stage. (A plan chooses block by block.)"""
-    if type(layer) is not nn.Sequential or not _bypassable(layer) or len(layer) == 0:
-        return None
-    first: Any = layer[0]
-    rung = asked_rung(first._fastres) if isinstance(first, ResidualBlockMixin) else None
-    if rung is None or not parse(rung).rung.conv:
-        return None
-    for block in layer:
-        if not isinstance(block, ResidualBlockMixin) or asked_rung(block._fastres) != rung:
-            return None
-        if not _bypassable(block) or block._obstacle(x) is not None:
-            return None
-    return rung
-
-
-def _run_stage(blocks: list[Any], x: Tensor, rung: str) -> Tensor:
-    first = blocks[0]
-    x = _cast_input(first, first._fastres.spec, x)
-    checked_rung(type(first).__name__, rung, x)
-    return residual_stage(x, [block_of(b, b._fastres.spec) for b in blocks], rung)
 
 
 def stem_forward(
@@ -378,7 +305,7 @@ def stem_forward(
 
     whole: only hooks see the tensors that follow; without any, inference chooses their layout."""
     spec = fusion.spec
-    x = _cast_input(module, spec, x)
+    x = cast_input(module, spec, x)
     ((conv, bn),) = modules_of(module, spec)
     window = None if pool is None else child(module, pool)
     op = "conv_bn_relu" if pool is None else "conv_bn_relu_maxpool"
@@ -389,13 +316,12 @@ def stem_forward(
         checked_rung(type(module).__name__, fusion.rung, x)
     reason = why_unfolded(module, spec, x)
     if whole and reason == inference.NCHW and not _hooked_inside(module):
-        counters.count("inference: a batch of images copied to channels_last")
-        x, reason = x.contiguous(memory_format=torch.channels_last), None
+        x, reason = inference.in_channels_last(x), None
 
     def in_shapes() -> list[inference.Shape]:
         shape = check_conv_bn(op, x, Conv.of(conv), BatchNorm.of(bn))
         if window is not None:
-            check_window(op, shape, *_window_of(window))
+            check_window(op, shape, *window_of(window))
         return [tuple(x.shape)]
 
     if reason is None:
@@ -403,7 +329,7 @@ def stem_forward(
         bound = None if folded is None else inference.admit(x, None, folded.bound)
         if folded is not None and bound is not None:
             z = inference.conv(x, folded.packs[0], relu=True)
-            return z if window is None else window(z), bound
+            return z if window is None else inference.max_pool(z, *window_of(window)), bound
     else:
         count_unfolded(reason)
     choice, _ = choice_of(module, x)
@@ -411,20 +337,20 @@ def stem_forward(
     if window is None:
         return conv_bn_relu(x, Conv.of(conv), BatchNorm.of(bn), rung), None
     if parse(rung).rung.conv:
-        pooled = *_window_of(window), rung
+        pooled = *window_of(window), rung
         return conv_bn_relu_maxpool(x, Conv.of(conv), BatchNorm.of(bn), *pooled), None
     in_shapes()
     y = nn.functional.conv2d(
         x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
     )
-    return bn_relu_maxpool(y, BatchNorm.of(bn), *_window_of(window)), None
+    return bn_relu_maxpool(y, BatchNorm.of(bn), *window_of(window)), None
 
 
 def _hooked_inside(module: nn.Module) -> bool:
     return any(has_hooks(m) for m in module.modules() if m is not module)
 
 
-def _window_of(pool: nn.MaxPool2d) -> tuple[int, int, int]:
+def window_of(pool: nn.MaxPool2d) -> tuple[int, int, int]:
     kernel, stride, padding = (
         v[0] if isinstance(v, tuple) else v for v in (pool.kernel_size, pool.stride, pool.padding)
     )
@@ -439,13 +365,7 @@ class StemMixin(FusedMixin):
     families = ("passes", "pool")
 
     def fused_forward(self, x: Tensor) -> Tensor:
-        return _marked(*stem_forward(self, self._fastres, self.pool, x))  # type: ignore[arg-type]
-
-    def fused_network(self, x: Tensor, layers: list[Any]) -> Tensor:
-        """The stem, then layers of blocks, where nothing follows that depends on the strides."""
-        module: nn.Module = self  # type: ignore[assignment]
-        z, largest = stem_forward(module, self._fastres, self.pool, x, whole=True)
-        return run_blocks(layers, z, own_input=True, largest=largest)
+        return marked(*stem_forward(self, self._fastres, self.pool, x))  # type: ignore[arg-type]
 
 
 class ConvBNReLU(FusedMixin, nn.Module):
@@ -476,7 +396,7 @@ class ConvBNReLU(FusedMixin, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         reason = self._obstacle(x)
         if reason is None:
-            return _marked(*stem_forward(self, self._fastres, None, x))
+            return marked(*stem_forward(self, self._fastres, None, x))
         self._leave(reason, x)
         return nn.functional.relu(self.bn(self.conv(x)))
 

@@ -98,7 +98,7 @@ def digest() -> str:
     """Of the sources in csrc/cuda and the flags."""
     hashed = hashlib.sha256()
     folder = ROOT / "csrc" / "cuda"
-    arguments = ROOT / "csrc" / "cpu" / "kernels.h"  # blocks that the kernels take by value
+    arguments = ROOT / "csrc" / "cpu" / "blocks.h"  # blocks that the kernels take by value
     for path in sorted([*folder.glob("*.cu*"), *folder.glob("*.h"), arguments]):
         hashed.update(path.name.encode() + path.read_bytes())
     hashed.update("".join(re.findall(r"set\((?:conv_)?flags[^)]*\)", _cmake())).encode())

@@ -11,7 +11,9 @@ import pytest
 from common import backend
 
 HERE = Path(__file__).parent
-FILES = ("bn_stats", "bn_apply", "bn_bwd", "add_relu", "bn_relu_maxpool", "winograd")
+FILES = (
+    "bn_stats", "bn_apply", "bn_bwd", "add_relu", "bn_relu_maxpool", "winograd", "network",
+)  # fmt: skip
 
 
 def python(*args: str, **env: str) -> subprocess.CompletedProcess:
@@ -35,7 +37,7 @@ def test_cpu_isa_matches_reference(isa):
     files = [str(HERE / f"test_{name}.py") for name in FILES]
     done = python(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", 
-        "-k", "(cpu and (matches or keeps or rounds or torchs)) or winograd and matches", *files,
+        "-k", "(cpu and (matches or keeps or rounds or torchs)) or (winograd or network) and matches", *files,
         FASTRES_CPU_ISA=isa, FASTRES_TEST_THIN="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -42,8 +42,8 @@ class ScratchBuffer {
   Kernels {                                                                                   \
     #ISA, ISA::bn_stats, ISA::bn_apply, ISA::bn_bwd_reduce, ISA::bn_bwd_apply, ISA::add_relu, \
         ISA::relu_bwd, ISA::bn_relu_maxpool, ISA::bn_relu_maxpool_bwd_reduce,                 \
-        ISA::bn_relu_maxpool_bwd_apply, ISA::winograd_weights, ISA::winograd_fprop,           \
-        ISA::winograd_wgrad, ISA::winograd_wgrad_jobs                                         \
+        ISA::bn_relu_maxpool_bwd_apply, ISA::max_pool, ISA::abs_max, ISA::winograd_weights,   \
+        ISA::winograd_fprop, ISA::winograd_wgrad, ISA::winograd_wgrad_jobs                    \
   }
 
 // Worst first. A variant that was not built is not in the list.

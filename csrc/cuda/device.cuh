@@ -14,7 +14,7 @@
 #define FASTRES_SHARED(type, name, count) __shared__ type name[count]
 #endif
 
-#include "../cpu/kernels.h"
+#include "../cpu/blocks.h"
 
 #define FASTRES_DEVICE __device__ __forceinline__
 

@@ -1,4 +1,4 @@
-// The launchers of the CUDA kernels: the argument blocks of ../cpu/kernels.h, a workspace of
+// The launchers of the CUDA kernels: the argument blocks of ../cpu/blocks.h, a workspace of
 // workspace_floats(...) floats where a reduction needs one, and where to run.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "../cpu/blocks.h"
 
 namespace fastres {
 namespace cuda {

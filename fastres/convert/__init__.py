@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastres import memory, plan
-from fastres.nn import FusedMixin, Fusion, fuse, unfuse
+from fastres import inference, memory, plan
+from fastres._network import NetworkMixin, SequenceMixin
+from fastres.nn import FusedMixin, Fusion, ResidualBlockMixin, Spec, fuse, unfuse
 from fastres.ops import _fixed
 from fastres.ops._choice import parse
 
@@ -118,6 +119,7 @@ def convert(
             continue
         m.__dict__.pop("_fastres_rejected", None)
         fuse(m, match.mixin, match.spec, path)
+    _fuse_sequences(model)
     if fusion is not None:
         for m in model.modules():
             if isinstance(m, FusedMixin):
@@ -146,11 +148,28 @@ def invalidate(model: nn.Module) -> None:
 
     Needed only after a write that torch's version counters do not see: through `.data`, numpy, or a
     raw pointer."""
+    inference.forget()
     for m in model.modules():
         fusion = m.__dict__.get("_fastres")
         if isinstance(fusion, Fusion):
             fusion.cache.clear()
+            fusion.linear.clear()
         _fixed.forget(m.__dict__.get("_buffers", {}).get("running_var"))
+
+
+def _fuse_sequences(model: nn.Module) -> None:
+    """Let each Sequential that holds several fused blocks run them as a row. A known network does
+    so itself."""
+    known = [path for path, m in model.named_modules() if isinstance(m, NetworkMixin)]
+    for path, m in list(model.named_modules()):
+        if type(m) is not nn.Sequential or any(_inside(path, network) for network in known):
+            continue
+        if sum(isinstance(block, ResidualBlockMixin) for block in m) > 1:
+            fuse(m, SequenceMixin, Spec(()), path)
+
+
+def _inside(path: str, ancestor: str) -> bool:
+    return ancestor == "" or path.startswith(f"{ancestor}.")
 
 
 def _rejects(

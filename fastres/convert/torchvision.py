@@ -5,23 +5,26 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastres import plan
-from fastres.nn import ResidualBlockMixin, Spec, StemMixin, choice_of, run_blocks
+from fastres._network import NetworkMixin, run_blocks
+from fastres.nn import ResidualBlockMixin, Spec, choice_of
 
 from ._match import Match, Matcher
 
 MODULE = "torchvision.models.resnet"
 
 
-class TorchvisionResNetMixin(StemMixin):
+class TorchvisionResNetMixin(NetworkMixin):
     """torchvision's ResNet._forward_impl with conv1, bn1, relu and maxpool as one fused step."""
 
     replaces = ("forward", "_forward_impl")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
+        out = self.routed(x)
+        if out is not None:
+            return out
         reason = self._obstacle(x)
         if reason is not None:
             self._leave(reason, x)
@@ -30,9 +33,8 @@ class TorchvisionResNetMixin(StemMixin):
         layers = [m.layer1, m.layer2, m.layer3, m.layer4]
         if choice_of(self, x)[0] == plan.EAGER:
             x = run_blocks(layers, plain_stem(self, x), own_input=True)
-        else:
-            x = self.fused_network(x, layers)
-        return m.fc(torch.flatten(m.avgpool(x), 1))
+            return self.last(x)
+        return self.fused_network(x, layers)
 
 
 def plain_stem(m: Any, x: Tensor) -> Tensor:

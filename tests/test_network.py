@@ -1,0 +1,397 @@
+"""Routes of CPU inference: they give what block by block gives, and end with whatever changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from test_convert import batch, small
+from test_inference import pair
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import resnet
+
+import fastres
+from fastres import _network, _watch, counters, inference
+from fastres._watch import Routes, Watch
+from fastres.convert.verify import difference
+from fastres.nn import ResidualBlockMixin
+
+
+class Own(nn.Module):
+    """A network that no family knows; one block's shortcut is a module of its own."""
+
+    class Halved(nn.Module):
+        def forward(self, x):
+            return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8))
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        block = resnet.BasicBlock
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.first = nn.Sequential(*[block(16, 16) for _ in range(3)])
+        self.second = nn.Sequential(block(16, 32, 2, self.Halved()), block(32, 32), block(32, 32))
+        self.fc = nn.Linear(32, 10)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                m.running_mean.normal_(0, 0.2)
+                m.running_var.uniform_(0.5, 1.5)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x)))
+        return self.fc(self.second(self.first(x)).mean((2, 3)))
+
+
+MODELS = {
+    "basic": lambda: small(block=resnet.BasicBlock), "bottleneck": small,
+    "groups": lambda: small(groups=4), "own": Own,
+}  # fmt: skip
+
+
+def only_routes(monkeypatch) -> None:
+    """From here on, a block that is asked whether it may run fused fails the test."""
+
+    def asked(self, x):
+        raise AssertionError("not by its route")
+
+    monkeypatch.setattr(ResidualBlockMixin, "_obstacle", asked)
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, torch.float32) for name in MODELS]
+    + [(name, torch.bfloat16) for name in ("bottleneck", "own")],
+)
+def test_a_route_gives_what_block_by_block_gives(name: str, dtype, monkeypatch) -> None:
+    plain = MODELS[name]().eval()
+    fused = fastres.convert(copy.deepcopy(plain)).eval()
+    x, other = batch(3), batch(3, seed=2)
+    with torch.inference_mode():
+        truth = copy.deepcopy(plain).double()(other.double())
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            theirs, by_block = plain(other), fused(other)
+            monkeypatch.setattr(Routes, "find", lambda self, key: None)
+            fastres.invalidate(fused)
+            again = fused(other)
+            monkeypatch.undo()
+            fused(x)
+            if name != "own":
+                only_routes(monkeypatch)
+            routed = fused(other)
+    assert torch.equal(routed, by_block) and torch.equal(routed, again)
+    assert routed.dtype == theirs.dtype == dtype
+    assert difference("logits", routed, theirs, truth).ok
+
+
+def test_what_runs_unfused_in_a_sequence_is_called(monkeypatch) -> None:
+    fused = fastres.convert(Own()).eval()
+    x = batch(2)
+    with torch.inference_mode():
+        fused(x)
+        called = []
+        fused.second[0].downsample.register_forward_hook(lambda *_: called.append(1))
+        expected = fused(x)
+        only_routes(monkeypatch)
+        assert torch.equal(fused.first(fused.conv(x)), fused.first(fused.conv(x)))
+    assert called == [1] and torch.isfinite(expected).all()
+
+
+def _hook(m):
+    m.layer1[1].bn2.register_forward_hook(lambda m, args, out: out * 2)
+
+
+def _hook_before_a_layer(m):
+    m.layer2.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+
+
+def _hook_after_the_block(m):
+    m.layer1[0].register_forward_hook(lambda m, args, out: out * 2)
+
+
+def _own_forward(m):
+    conv = m.layer2[0].conv1
+    conv.forward = lambda x: nn.Conv2d.forward(conv, x) * 2
+
+
+def _batch_statistics(m):
+    m.layer3[0].bn1.train()
+
+
+def _another_class(m):
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    m.layer1[0].bn1.__class__ = Doubled
+
+
+MORE = {
+    "a hook inside a block": _hook, "a hook before a layer": _hook_before_a_layer,
+    "a hook after a block": _hook_after_the_block, "a forward of its own": _own_forward,
+    "batch statistics in one layer": _batch_statistics, "another class": _another_class,
+    "a child replaced": lambda m: setattr(m.layer1[0], "bn2", nn.BatchNorm2d(16).eval()),
+    "a block replaced": lambda m: m.layer1.__setitem__(1, nn.Identity()),
+    "a block taken out": lambda m: m.layer1.__delitem__(1),
+    "in-place on the last weight": lambda m: m.fc.weight.mul_(2),
+    "the last layer replaced": lambda m: setattr(m, "fc", nn.Linear(2048, 10)),
+    "a hook on the last layer": lambda m: m.fc.register_forward_hook(lambda m, a, out: out * 2),
+    "the last layer by another": lambda m: setattr(
+        m, "fc", nn.Sequential(nn.Flatten(), m.fc, nn.Tanh())
+    ),
+    "another pool": lambda m: setattr(m.maxpool, "kernel_size", 2),
+    "another average": lambda m: setattr(m, "avgpool", nn.AdaptiveMaxPool2d(1)),
+    "the forward of a class": None,
+    "a global hook": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MORE)  # and test_inference's, each after a route was made
+def test_a_route_ends_with(change: str, monkeypatch) -> None:
+    plain, fused = pair()
+    x = batch()
+    with torch.no_grad():
+        before = fused(x)
+        assert len(fused._fastres.routes) == 1
+        handle = None
+        if change == "the forward of a class":
+            forward = nn.BatchNorm2d.forward
+            monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda m, x: forward(m, x) * 1.5)
+        elif change == "a global hook":
+            hook = nn.modules.module.register_module_forward_hook
+            handle = hook(lambda m, a, out: out * 2 if isinstance(m, nn.BatchNorm2d) else None)
+        else:
+            for m in (plain, fused):
+                torch.manual_seed(9)
+                MORE[change](m)
+        try:
+            out, expected = fused(x), plain(x)
+        finally:
+            if handle is not None:
+                handle.remove()
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(out, before, rtol=1e-3)
+
+
+def test_what_a_call_depends_on_beside_the_model(monkeypatch) -> None:
+    _, fused = pair()
+    x = batch()
+    with torch.no_grad():
+        fused(x)
+        for backend in ("reference", "cpu"):
+            with fastres.use_backend(backend), monkeypatch.context() as m:
+                m.setattr(_network.Route, "run", None)
+                fused(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fused(x).dtype == torch.bfloat16
+        assert fused(x).dtype == torch.float32 and len(fused._fastres.routes) == 2
+    assert fused(x).requires_grad
+    fastres.convert(fused, fusion="c1")
+    with torch.no_grad(), pytest.raises(fastres.BackendError, match="c1"):
+        fused(x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+@pytest.mark.parametrize("name", ["basic", "own"])
+def test_bad_values_spread_as_in_eager(name: str, value: float) -> None:
+    plain = MODELS[name]().eval()
+    fused = fastres.convert(copy.deepcopy(plain)).eval()
+    x = batch(3)
+    with torch.inference_mode():
+        fused(x)
+        good = fused(x)
+        x[1, 2, 30, 31] = value
+        out, expected = fused(x), plain(x)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
+        torch.testing.assert_close(out[0], expected[0], rtol=1e-3, atol=1e-3)
+        x = batch(3)
+        assert torch.equal(fused(x), good)
+
+
+def test_a_route_leaves_off_where_a_value_might_overflow() -> None:
+    """The stem's input is harmless, the values between the blocks are not."""
+    plain, fused = pair()
+    with torch.no_grad():
+        for m in (plain, fused):
+            for block in (m.layer1[0], m.layer1[1]):
+                block.bn2.weight.fill_(1e15)
+                block.bn3.weight.fill_(1e10)
+        x = batch()
+        for scale in (1e-30, 1e-12, 1.0, 1e6):
+            for _ in range(2):
+                ours, theirs = fused(x * scale), plain(x * scale)
+                assert torch.equal(ours.isnan(), theirs.isnan()), scale
+                assert torch.equal(ours.isinf(), theirs.isinf()), scale
+
+
+@pytest.mark.parametrize("path", ["layer1.0", "layer1.1"])
+def test_no_route_is_made_of_a_part_of_the_network(path: str) -> None:
+    """One block may overflow inside and runs unfolded, those behind it do not."""
+    plain, fused = pair()
+    x = batch()
+    with torch.no_grad():
+        for m in (plain, fused):
+            block = m.get_submodule(path)
+            block.conv2.weight.mul_(1e38)
+            block.bn2.running_var.mul_(1e38)
+            block.bn2.weight.mul_(1e-19)
+        for _ in range(2):
+            expected = plain(x * 1e-3)
+            assert expected.isfinite().all()
+            torch.testing.assert_close(fused(x * 1e-3), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_images_in_nchw_take_a_route_too(monkeypatch) -> None:
+    _, fused = pair()
+    x = batch()
+    with torch.no_grad():
+        expected = fused(x)
+        fused(x.contiguous())
+        only_routes(monkeypatch)
+        counters.reset()
+        assert torch.equal(fused(x.contiguous()), expected)
+        assert not x.contiguous().is_contiguous(memory_format=torch.channels_last)
+    assert list(counters.events()) == ["inference: a batch of images copied to channels_last"]
+
+
+def test_no_input_is_written_over() -> None:
+    fused = fastres.convert(Own()).eval()
+    x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+    before = x.clone()
+    with torch.inference_mode():
+        for _ in range(3):
+            fused.first(x)
+    assert torch.equal(x, before)
+
+
+def test_routes_are_few_and_not_copied() -> None:
+    _, fused = pair()
+    with torch.no_grad():
+        for n in range(1, 12):
+            fused(batch(n, 32))
+        assert len(fused._fastres.routes) == _watch.KEPT
+        for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            assert len(other._fastres.routes) == 0
+            torch.testing.assert_close(other(batch()), fused(batch()), rtol=1e-4, atol=1e-5)
+        fastres.invalidate(fused.layer1[0])
+        fused.layer1[0].conv1.weight.data.mul_(2)  # what no version counter sees
+        fastres.invalidate(fused.layer1[0])
+        fresh = copy.deepcopy(fused)(batch())
+        torch.testing.assert_close(fused(batch()), fresh, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_changes_in_every_call_makes_few_routes(monkeypatch) -> None:
+    _, fused = pair()
+    made = []
+    watch = _network._watch
+    monkeypatch.setattr(_network, "_watch", lambda m: made.append(m) or watch(m))
+    with torch.no_grad():
+        for i in range(_watch.WASTED + 20):
+            fused.calls = i
+            fused(batch(1, 32))
+        assert len(made) <= _watch.WASTED + 1
+        for _ in range(_watch.RETRY + 1):  # it has settled
+            fused(batch(1, 32))
+        assert len(fused._fastres.routes) == 1
+
+
+def test_convert_and_revert_of_sequences() -> None:
+    own = Own()
+    before = [(path, type(m)) for path, m in own.named_modules()]
+    fused = fastres.convert(own)
+    assert type(fused.first).__name__ == type(fused.second).__name__ == "FastSequential"
+    x = torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        part = fused.eval().first[:2]  # a slice has the class, and nothing else
+        assert part(x).shape == x.shape and fused.first[0](x).shape == x.shape
+        assert repr(fastres.report(fused)).count("FastSequential") == 0
+    fastres.revert(fused)
+    assert [(path, type(m)) for path, m in own.named_modules()] == before
+
+
+def test_a_sequence_trains_and_traces_as_its_blocks() -> None:
+    plain = Own()
+    fused = fastres.convert(copy.deepcopy(plain))
+    x = batch(2, 16)
+    for m in (plain, fused):
+        m(x).square().mean().backward()
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4, msg=name)
+    plain.eval(), fused.eval()
+    with torch.no_grad():
+        expected = plain(x)
+        for traced in (torch.fx.symbolic_trace(fused), torch.jit.trace(fused, x)):
+            torch.testing.assert_close(traced(x), expected, rtol=1e-3, atol=1e-4)
+
+
+# --- the watch, and the passes --------------------------------------------------------------------
+
+
+def _watched() -> tuple[nn.Conv2d, Watch]:
+    conv = nn.Conv2d(8, 8, 1)
+    return conv, Watch([conv], [], [conv.weight], [(nn.Conv2d, "forward")])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: setattr(c, "stride", (2, 2)),
+        lambda c: setattr(c, "new", 1),
+        lambda c: delattr(c, "padding_mode"),
+        lambda c: c._parameters.pop("bias"),
+        lambda c: c.register_buffer("more", torch.ones(1)),
+        lambda c: c.register_forward_pre_hook(print),
+        lambda c: setattr(c, "__class__", nn.ConvTranspose2d),
+        lambda c: setattr(c, "training", False),
+        lambda c: c.weight.detach().zero_(),
+        lambda c: setattr(c.weight, "data", c.weight.detach().clone()),
+        lambda c: setattr(c.weight, "data", c.weight.data.transpose(0, 1)),
+    ],
+)
+def test_a_watch_sees(change) -> None:
+    conv, watch = _watched()
+    assert watch.holds() and watch.holds()
+    change(conv)
+    assert not watch.holds()
+
+
+def test_a_watch_does_not_see_what_is_put_back() -> None:
+    conv, watch = _watched()
+    conv.eval()
+    assert not watch.holds()
+    conv.train()
+    conv.register_forward_hook(print).remove()
+    conv.bias.detach().zero_()  # not asked for
+    assert watch.holds()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("c", [1, 35, 64, 160])
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (5, 3, 2), (1, 1, 0)])
+def test_max_pool_matches_torchs(window, c: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(c)
+    x = torch.randn(2, c, 13, 18, generator=g).relu().to(dtype)
+    x[0, 0] = -0.0
+    x = x.contiguous(memory_format=torch.channels_last)
+    z = inference.max_pool(x, *window)
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(z, F.max_pool2d(x, *window))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 7, 1000, 65536, 300_001])
+def test_abs_max_matches_torchs(count: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(count)
+    x = torch.randn(1, count, 1, 1, generator=g).to(dtype)
+    assert inference.abs_max(x) == x.abs().max().item()
+    x[0, count // 2] = -1e30
+    assert inference.abs_max(x) == x.abs().max().item()
+    x[0, count - 1] = -float("inf")
+    assert inference.abs_max(x) == float("inf")
+    x[0, 0] = float("nan")
+    assert inference.abs_max(x) != inference.abs_max(x)
