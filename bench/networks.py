@@ -2,8 +2,8 @@
 
 A CIFAR ResNet of depth 6n + 2 (He et al. 2015, section 4.2) has n basic blocks of each of the
 widths 16, 32 and 64, and shortcuts without parameters (option A): every other pixel, zeros for the
-new channels. convert fuses the blocks; it leaves the stem and the two blocks with such a shortcut
-as they are, and the record says so (`unfused`)."""
+new channels. convert fuses the blocks, of the two with such a shortcut the main branch; it leaves
+the stem as it is, and the record says so (`unfused`)."""
 
 from __future__ import annotations
 

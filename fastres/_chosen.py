@@ -121,6 +121,8 @@ def choice_of(module: Any, x: Tensor) -> tuple[str, str]:
         return rung, "explicit"
     if torch.compiler.is_compiling() or x.dtype == torch.float64 or backends.forced():
         return plan.HEURISTIC  # nothing is measured there
+    if fusion.spec.branch is not None:
+        return plan.HEURISTIC  # nor there
     current = plan.current(x.device)
     training = torch.is_grad_enabled()
     if current.empty and not (training and x.is_cpu):

@@ -34,6 +34,7 @@ from .nn import (
     StemMixin,
     cast_input,
     marked,
+    run_folded,
     stem_forward,
     window_of,
 )
@@ -131,6 +132,8 @@ def _stage_rung(layer: Any, x: Tensor) -> str | None:
     for block in layer:
         if not isinstance(block, ResidualBlockMixin) or asked_rung(block._fastres) != rung:
             return None
+        if block._fastres.spec.branch is not None:
+            return None
         if not _bypassable(block) or block._obstacle(x) is not None:
             return None
     return rung
@@ -196,18 +199,16 @@ class Route(NamedTuple):
             if folded is None:
                 x, own, largest = block(marked(x, largest)), False, None
                 continue
-            bound = None
+            found = None
             if largest is None:  # from outside, or of a block that was called
                 x = x.to(dtype)
             if largest is not None or (x.shape == shape and is_nhwc(x)):
-                bound = inference.admit(x, largest, folded.bound)
-            if bound is None:  # each block by itself finds what is to be done
+                found = run_folded(block, folded, x, own, largest)
+            if found is None:  # each block by itself finds what is to be done
                 for step in self.steps[i:]:
                     x = step.block(x)
                 return x
-            projected = block._fastres.spec.shortcut is not None  # type: ignore[union-attr]
-            x = inference.block(x, folded.packs, projected, own)
-            own, largest = True, bound
+            (x, largest), own = found, True
         return marked(x, largest)
 
 

@@ -25,11 +25,13 @@ class Spec:
     """Paths of conv and batch norm, in execution order.
 
     units: the main branch; shortcut: the projection's pair, if any; plain: other children the fused
-    forward stands in for (ReLU, max-pool), which must keep their type and carry no hooks."""
+    forward stands in for (ReLU, max-pool), which must keep their type and carry no hooks; branch: a
+    child that gives the shortcut in its own way, and is called."""
 
     units: tuple[tuple[str, str], ...]
     shortcut: tuple[str, str] | None = None
     plain: tuple[tuple[str, type], ...] = ()
+    branch: str | None = None
     _pairs: tuple[tuple[str, str], ...] = field(init=False, repr=False)
     _covered: tuple[tuple[str, type], ...] = field(init=False, repr=False)
     _kinds: tuple[type, ...] = field(init=False, repr=False)

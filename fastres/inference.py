@@ -402,6 +402,12 @@ def abs_max(x: Tensor) -> float:
     return struct.unpack("f", struct.pack("I", bits))[0]
 
 
+def admit_sum(bound: float, residual: Tensor) -> float | None:
+    """A bound of |y + residual|, |y| <= bound; None where the sum might overflow, or is NaN."""
+    total = bound + abs_max(residual)
+    return total if total <= LIMIT else None
+
+
 def mark(z: Tensor, largest: float | None) -> Tensor:
     """z, its bound remembered until somebody writes to it. (Inference tensors do not tell.)"""
     if largest is not None and not z.is_inference():
@@ -414,10 +420,14 @@ def block(x: Tensor, packs: Sequence[Packed], projected: bool, own_input: bool) 
     own_input: z may be written over x."""
     residual = conv(x, packs[-1], relu=False) if projected else x
     *inner, last = packs[:-1] if projected else packs
-    h = x
-    for packed in inner:
-        h = conv(h, packed, relu=True)
-    return conv_add_relu(h, last, residual, projected or own_input)
+    return conv_add_relu(chain(x, inner), last, residual, projected or own_input)
+
+
+def chain(x: Tensor, packs: Sequence[Packed]) -> Tensor:
+    """relu(conv_K(... relu(conv_1(x))))"""
+    for packed in packs:
+        x = conv(x, packed, relu=True)
+    return x
 
 
 def max_pool(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:

@@ -46,16 +46,18 @@ from .ops import (
     Conv,
     Unit,
     bn_relu_maxpool,
+    conv_bn,
+    conv_bn_add_relu,
     conv_bn_relu,
     conv_bn_relu_maxpool,
     residual_block,
 )
-from .ops._args import check_conv_bn
+from .ops._args import check_conv_bn, conv_out_shape
 from .ops._choice import parse
 from .ops._rung_b import Program
 from .ops._units import in_format, needs_grad
 from .ops.bn_relu_maxpool import check_window
-from .ops.residual_stage import check_block, prepare_block, run_program, trains_eagerly
+from .ops.residual_stage import check_block, check_chain, prepare_block, run_program, trains_eagerly
 
 
 class FusedMixin:
@@ -275,22 +277,94 @@ def cast_input(module: nn.Module, spec: Spec, x: Tensor) -> Tensor:
 
 def _folded_block(
     module: nn.Module, fusion: Fusion, x: Tensor, own_input: bool, largest: float | None
-) -> tuple[Tensor, float] | None:
+) -> tuple[Tensor, float | None] | None:
     """(z, a bound of |z|) on folded convs; None when they cannot be had, or x is too large."""
     spec = fusion.spec
 
     def in_shapes() -> list[inference.Shape]:
         outs: list[inference.Shape] = []
+        if spec.branch is not None:
+            check_chain("residual_block", x, block_of(module, spec).units, outs)
+            return [tuple(x.shape), *outs[:-1]]
         check_block("residual_block", x, tuple(x.shape), *block_of(module, spec), outs)
         main = [tuple(x.shape), *outs[: len(spec.units) - 1]]
         return main if spec.shortcut is None else [*main, tuple(x.shape)]
 
-    add = "x" if spec.shortcut is None else "conv"
+    add = "conv" if spec.shortcut is not None else "x" if spec.branch is None else ""
     folded = fusion.cache.get(modules_of(module, spec), x, in_shapes, add)
-    bound = None if folded is None else inference.admit(x, largest, folded.bound)
-    if folded is None or bound is None:
+    if folded is None:
         return None
-    return inference.block(x, folded.packs, spec.shortcut is not None, own_input), bound
+    return run_folded(module, folded, x, own_input, largest)
+
+
+def run_folded(
+    module: Any, folded: inference.Folded, x: Tensor, own_input: bool, largest: float | None
+) -> tuple[Tensor, float | None] | None:
+    """(z, a bound of |z|) of a block on its folded convs; None, and nothing run, where x is too
+    large."""
+    spec = module._fastres.spec
+    bound = inference.admit(x, largest, folded.bound)
+    if bound is None:
+        return None
+    if spec.branch is None:
+        return inference.block(x, folded.packs, spec.shortcut is not None, own_input), bound
+    residual, h = child(module, spec.branch)(x), inference.chain(x, folded.packs[:-1])
+    conv = Conv.of(child(module, spec.units[-1][0]))
+    shape = conv_out_shape("residual_block", tuple(h.shape), conv)
+    bound = inference.admit_sum(bound, residual) if _fits(residual, shape, h) else None
+    if bound is None:
+        return module.by_ops(x, residual, "b"), None
+    return inference.conv_add_relu(h, folded.packs[-1], residual, inplace=False), bound
+
+
+def _fits(residual: Any, shape: tuple[int, ...], x: Tensor) -> bool:
+    """Whether a fused op adds it to what a conv gives of x, of that shape."""
+    return (
+        type(residual) is Tensor
+        and tuple(residual.shape) == shape
+        and (residual.dtype, residual.device) == (x.dtype, x.device)
+        and is_nhwc(residual) == is_nhwc(x)
+    )
+
+
+class OpenBlockMixin(ResidualBlockMixin):
+    """A residual block whose shortcut a module of its own gives: option A of the paper, a pool in
+    front of the projection. That module is called; conv, batch norm and ReLU of the main branch,
+    and the addition, are fused, each conv by itself."""
+
+    fuses_block = False
+
+    def _fused(
+        self, x: Tensor, own_input: bool, largest: float | None, choice: str
+    ) -> tuple[Tensor, float | None]:
+        module: Any = self
+        spec = self._fastres.spec
+        if asked_rung(self._fastres) is not None:
+            checked_rung(type(self).__name__, self._fastres.rung, x)
+        x = cast_input(module, spec, x)
+        reason = why_unfolded(module, spec, x)
+        if reason is None:
+            folded = _folded_block(module, self._fastres, x, own_input, largest)
+            if folded is not None:
+                return folded
+        else:
+            count_unfolded(reason)
+        rung = checked_rung(type(self).__name__, None if choice == plan.EAGER else choice, x)
+        branch: Any = spec.branch
+        return self.by_ops(x, child(module, branch)(x), rung), None
+
+    def by_ops(self, x: Tensor, residual: Tensor, rung: str) -> Tensor:
+        """relu(bn_K(conv_K(... relu(bn_1(conv_1(x))))) + residual)"""
+        module: Any = self
+        *inner, last = block_of(module, self._fastres.spec).units
+        for unit in inner:
+            x = conv_bn_relu(x, *unit, rung)
+        shape = conv_out_shape("residual_block", tuple(x.shape), last.conv)
+        if _fits(residual, shape, x):
+            return conv_bn_add_relu(x, *last, residual, fusion=rung)
+        y = conv_bn(x, *last, rung).clone()
+        y += residual  # as the block does it: any shape and dtype that y takes
+        return nn.functional.relu(y)
 
 
 def marked(x: Tensor, largest: float | None) -> Tensor:

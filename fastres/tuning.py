@@ -221,7 +221,9 @@ def distinct(model: nn.Module, sample: Tensor, training: bool) -> list[Target]:
     matches = {
         path: match
         for path, _, match in find(scratch)
-        if isinstance(match, Match) and isinstance(converted.get_submodule(path), FusedMixin)
+        if isinstance(match, Match)
+        and isinstance(converted.get_submodule(path), FusedMixin)
+        and match.spec.branch is None  # nothing to choose there
     }
     targets: dict[Key, Target] = {}
 

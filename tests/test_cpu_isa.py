@@ -36,8 +36,9 @@ def test_cpu_isa_matches_reference(isa):
         pytest.skip(f"{isa} is what the other tests run on this CPU")
     files = [str(HERE / f"test_{name}.py") for name in FILES]
     done = python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", 
-        "-k", "(cpu and (matches or keeps or rounds or torchs)) or (winograd or network) and matches", *files,
+        "-m", "pytest", "-q", "-p", "no:cacheprovider",
+        "-k", "cpu and (matches or keeps or rounds or torchs) or (winograd or network) and matches",
+        *files,
         FASTRES_CPU_ISA=isa, FASTRES_TEST_THIN="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

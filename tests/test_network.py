@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -15,6 +16,7 @@ from torchvision.models import resnet
 
 import fastres
 from fastres import _network, _watch, counters, inference
+from fastres._network import SequenceMixin
 from fastres._watch import Routes, Watch
 from fastres.convert.verify import difference
 from fastres.nn import ResidualBlockMixin
@@ -24,8 +26,13 @@ class Own(nn.Module):
     """A network that no family knows; one block's shortcut is a module of its own."""
 
     class Halved(nn.Module):
+        def __init__(self, channels: int = 32) -> None:
+            super().__init__()
+            self.channels = channels
+
         def forward(self, x):
-            return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 8, 8))
+            more = (self.channels - x.shape[1]) // 2
+            return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, more, more))
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,15 +87,14 @@ def test_a_route_gives_what_block_by_block_gives(name: str, dtype, monkeypatch) 
             again = fused(other)
             monkeypatch.undo()
             fused(x)
-            if name != "own":
-                only_routes(monkeypatch)
+            only_routes(monkeypatch)
             routed = fused(other)
     assert torch.equal(routed, by_block) and torch.equal(routed, again)
     assert routed.dtype == theirs.dtype == dtype
     assert difference("logits", routed, theirs, truth).ok
 
 
-def test_what_runs_unfused_in_a_sequence_is_called(monkeypatch) -> None:
+def test_a_shortcut_of_its_own_is_called_in_a_route(monkeypatch) -> None:
     fused = fastres.convert(Own()).eval()
     x = batch(2)
     with torch.inference_mode():
@@ -97,8 +103,8 @@ def test_what_runs_unfused_in_a_sequence_is_called(monkeypatch) -> None:
         fused.second[0].downsample.register_forward_hook(lambda *_: called.append(1))
         expected = fused(x)
         only_routes(monkeypatch)
-        assert torch.equal(fused.first(fused.conv(x)), fused.first(fused.conv(x)))
-    assert called == [1] and torch.isfinite(expected).all()
+        again = fused(x)
+    assert called == [1, 1] and torch.equal(again, expected) and torch.isfinite(expected).all()
 
 
 def _hook(m):
@@ -327,6 +333,86 @@ def test_a_sequence_trains_and_traces_as_its_blocks() -> None:
         expected = plain(x)
         for traced in (torch.fx.symbolic_trace(fused), torch.jit.trace(fused, x)):
             torch.testing.assert_close(traced(x), expected, rtol=1e-3, atol=1e-4)
+
+
+# --- blocks with a shortcut of their own ----------------------------------------------------------
+
+
+class Shortcut(nn.Module):
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        return self.how(x)
+
+
+def _pool_in_front() -> nn.Module:  # ResNet-D
+    return nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24))
+
+
+SHORTCUTS = {
+    "option A": (24, 2, lambda: Own.Halved(24)),
+    "ResNet-D": (24, 2, _pool_in_front),
+    "a view of x": (16, 1, lambda: Shortcut(lambda x: x.view_as(x))),
+    "x": (16, 1, nn.Identity),
+    "broadcast": (16, 1, lambda: Shortcut(lambda x: x.mean((2, 3), keepdim=True))),
+    "another layout": (16, 1, lambda: Shortcut(lambda x: x.contiguous() * 2)),
+    "another dtype": (16, 1, lambda: Shortcut(lambda x: x.double() / 3)),
+    "not finite": (16, 1, lambda: Shortcut(lambda x: 1 / x.relu())),
+}
+
+
+def _open_block(name: str) -> nn.Module:
+    torch.manual_seed(4)
+    planes, stride, shortcut = SHORTCUTS[name]
+    block = resnet.BasicBlock(16, planes, stride, shortcut())
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            m.running_mean.normal_(0, 0.2)
+            m.running_var.uniform_(0.5, 1.5)
+    return block.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_a_block_with_a_shortcut_of_its_own(name: str) -> None:
+    plain = _open_block(name)
+    fused = fastres.convert(copy.deepcopy(plain))
+    assert fastres.report(fused).fused == 1 and "is called" in str(fastres.report(fused))
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(2, 16, 8, 8, generator=g).to(memory_format=torch.channels_last)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4, equal_nan=True)
+    found = []
+    for m in (plain, fused):
+        inputs = x.clone().requires_grad_()
+        z = m(inputs)
+        z.nan_to_num(0, 0, 0).square().mean().backward()
+        found.append([z, inputs.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        close(ours, theirs)
+    plain.eval(), fused.eval()
+    with torch.inference_mode():
+        row = fastres.convert(nn.Sequential(copy.deepcopy(plain), copy.deepcopy(plain))).eval()
+        for _ in range(2):
+            before = x.clone()
+            close(fused(x), plain(x))
+            assert torch.equal(x, before)
+            if fused(x).shape == x.shape:
+                close(row(x), plain(plain(x)))
+    assert isinstance(row, SequenceMixin)
+
+
+def test_a_hook_sees_the_call_of_such_a_shortcut_once() -> None:
+    fused = fastres.convert(_open_block("broadcast")).eval()
+    seen = []
+    fused.downsample.register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        fused(x)
+    assert len(seen) == 1
+    fused(x)
+    assert len(seen) == 2
 
 
 # --- the watch, and the passes --------------------------------------------------------------------

@@ -238,6 +238,9 @@ def report(model: nn.Module) -> Report:
         covered.update(id(m.get_submodule(p)) for p, _ in match.spec.covered())
         backend, why = _backend(m)
         why += _by_winograd(backend, m, match.spec) + _rung(m)
+        if match.spec.branch is not None:
+            kind = type(child(m, match.spec.branch)).__name__
+            why += f"; {match.spec.branch} ({kind}) is called, the convs are fused one by one"
         status = "fused" if isinstance(m, FusedMixin) else "would fuse"
         rows.append(Row(path or "(model)", name, status, match.kind, backend, why))
     for path, m in model.named_modules():

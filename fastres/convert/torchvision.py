@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from fastres import plan
 from fastres._network import NetworkMixin, run_blocks
-from fastres.nn import ResidualBlockMixin, Spec, choice_of
+from fastres.nn import OpenBlockMixin, ResidualBlockMixin, Spec, choice_of
 
 from ._match import Match, Matcher
 
 MODULE = "torchvision.models.resnet"
+PROJECTION = [nn.Conv2d, nn.BatchNorm2d]
 
 
 class TorchvisionResNetMixin(NetworkMixin):
@@ -43,18 +44,16 @@ def plain_stem(m: Any, x: Tensor) -> Tensor:
 
 def _block(convs: int) -> Matcher:
     def match(m: nn.Module) -> Match | str:
-        shortcut = None
-        if m.downsample is not None:
-            if type(m.downsample) is not nn.Sequential or len(m.downsample) != 2:
-                return f"downsample is {type(m.downsample).__name__}, not Sequential(conv, bn)"
-            shortcut = ("downsample.0", "downsample.1")
+        short: Any = m.downsample
         units = tuple((f"conv{i}", f"bn{i}") for i in range(1, convs + 1))
-        return Match(
-            "block",
-            ResidualBlockMixin,
-            Spec(units, shortcut, (("relu", nn.ReLU),)),
-            type(m).forward,
-        )
+        mixin, plain = ResidualBlockMixin, (("relu", nn.ReLU),)
+        if short is None:
+            spec = Spec(units, None, plain)
+        elif type(short) is nn.Sequential and [type(c) for c in short] == PROJECTION:
+            spec = Spec(units, ("downsample.0", "downsample.1"), plain)
+        else:
+            mixin, spec = OpenBlockMixin, Spec(units, None, plain, "downsample")
+        return Match("block", mixin, spec, type(m).forward)
 
     return match
 

@@ -555,10 +555,7 @@ def check_block(
     """The block's output shape; appends that of each conv."""
     if not units:
         raise ValueError(f"{op}: units is empty; at least one conv and batch norm is needed")
-    shape = in_shape
-    for i, unit in enumerate(units):
-        shape = _check_unit(f"{op}: units[{i}]", x, shape, unit)
-        shapes.append(shape)
+    shape = check_chain(op, x, units, shapes, in_shape)
     if shortcut is not None:
         short = _check_unit(f"{op}: shortcut", x, in_shape, shortcut)
         shapes.append(short)
@@ -570,6 +567,21 @@ def check_block(
             f"it gives {shape}; "
             "pass shortcut=Unit(conv, bn)"
         )
+    return shape
+
+
+def check_chain(
+    op: str,
+    x: Tensor,
+    units: list[Unit],
+    shapes: list[tuple[int, ...]],
+    in_shape: tuple[int, ...] | None = None,
+) -> tuple[int, ...]:
+    """The output shape of a block's main branch; appends that of each conv. in_shape: x's."""
+    shape = tuple(x.shape) if in_shape is None else in_shape
+    for i, unit in enumerate(units):
+        shape = _check_unit(f"{op}: units[{i}]", x, shape, unit)
+        shapes.append(shape)
     return shape
 
 

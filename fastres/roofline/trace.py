@@ -208,6 +208,8 @@ def _fusions(model: nn.Module) -> Iterator[tuple[str, str, Spec, bool]]:
     whole: all of the module is fused, its functional add and ReLU too."""
     for path, m, match in find(model):
         if isinstance(match, Match) and "_fastres_rejected" not in m.__dict__:
+            if match.spec.branch is not None:
+                continue  # conv by conv; counted as unfused
             yield path, match.kind, match.spec, match.kind == "block"
     for path, m in model.named_modules():  # FastBasicBlock, FastBottleneck, ConvBNReLU
         own = getattr(m, "_fastres", None) if original_type(m).__module__ == "fastres.nn" else None
