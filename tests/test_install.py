@@ -222,7 +222,7 @@ def test_install_probes_the_compilers_again_where_something_changed_behind_its_p
     change(tmp_path / "nvcc", "13.0", "13.1")
     assert probed() == {device, conv}
     csrc = tmp_path / "sources" / "csrc"
-    for header in (csrc / "cuda" / "device.cuh", csrc / "cpu" / "kernels.h"):
+    for header in (csrc / "cuda" / "device.cuh", csrc / "cpu" / "blocks.h"):
         change(header, "#include", "// changed\n#include")
         assert probed() == {device}
     change(cutlass / "include" / "cutlass" / "version.h", "MINOR 2", "MINOR 3")
