@@ -154,12 +154,14 @@ def situation(x: Any) -> tuple | None:
     None where this call is not plain CPU inference without gradients."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or watcher(x) is not None:
         return None
-    if not x.is_cpu or x.dim() != 4 or backends.forced() is not None or global_hooks():
+    forced = backends.forced()
+    if not x.is_cpu or x.dim() != 4 or forced not in (None, "cpu") or global_hooks():
         return None
     if inference.sharded() or not torch._C._get_mkldnn_enabled():
         return None
     version = plan.current(x.device).version
-    return x.shape, x.dtype, is_nhwc(x), autocast_dtype(x), version, inference.epoch()
+    dtype = autocast_dtype(x)
+    return x.shape, x.dtype, is_nhwc(x), dtype, forced, version, inference.epoch()
 
 
 class Stem(NamedTuple):
