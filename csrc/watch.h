@@ -116,7 +116,10 @@ class Watch {
   bool same(const Tensor& t) const {
     const auto version =
         py::reinterpret_steal<py::object>(PyObject_GetAttr(t.tensor, version_.ptr()));
-    if (!version) throw py::error_already_set();
+    if (!version) {  // swapped for an inference tensor, which has no version
+      PyErr_Clear();
+      return false;
+    }
     if (PyLong_AsLongLong(version.ptr()) != t.version) return false;
     const auto set = py::reinterpret_steal<py::object>(
         PyObject_CallMethodObjArgs(t.tensor, is_set_to_.ptr(), t.alias, nullptr));

@@ -9,6 +9,7 @@ the other. What every block asks before it may run fused is asked once, of a `Wa
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -48,12 +49,13 @@ remember_methods(nn.Linear, "forward")
 
 
 class Step(NamedTuple):
-    """A block as it ran. folded: its convs, None where it is to be called; shape: x's, and the
-    dtype that it is cast to."""
+    """A block as it ran. folded: its convs, None where it is to be called; shape and given: x's;
+    dtype: what it is cast to."""
 
     block: nn.Module
     folded: inference.Folded | None
     shape: torch.Size
+    given: torch.dtype
     dtype: torch.dtype
 
 
@@ -96,13 +98,18 @@ def _run_layer(
         return nn.Sequential.forward(layer, marked(x, largest)), False, None
     block: Any
     for block in layer:
+        if not isinstance(x, Tensor):  # a child of one's own may give anything to the next
+            x, own_input, largest = block(x), False, None
+            trace.whole = False
+            continue
         fused = (
             isinstance(block, ResidualBlockMixin)
             and _bypassable(block)
             and block._obstacle(x) is None
         )
         choice = choice_of(block, x)[0] if fused else plan.EAGER
-        shape, dtype, folded = x.shape, autocast_dtype(x) or x.dtype, None
+        shape, given, dtype = x.shape, x.dtype, autocast_dtype(x) or x.dtype
+        folded = None
         if choice != plan.EAGER:
             (x, largest), own_input = block._fused(x, own_input, largest, choice), True
             if largest is not None:
@@ -111,7 +118,7 @@ def _run_layer(
                 trace.whole = False
         else:
             x, own_input, largest = block(marked(x, largest)), False, None
-        trace.steps.append(Step(block, folded, shape, dtype))
+        trace.steps.append(Step(block, folded, shape, given, dtype))
     return x, own_input, largest
 
 
@@ -197,15 +204,16 @@ class Route(NamedTuple):
             if largest is None:
                 return None
             own = True
-        for i, (block, folded, shape, dtype) in enumerate(self.steps):
+        for i, (block, folded, shape, given, dtype) in enumerate(self.steps):
             if folded is None:
                 x, own, largest = block(marked(x, largest)), False, None
                 continue
             found = None
-            if largest is None:  # from outside, or of a block that was called
-                x = x.to(dtype)
-            if largest is not None or (x.shape == shape and is_nhwc(x)):
-                found = run_folded(block, folded, x, own, largest)
+            # from outside, or of a block that was called, comes what may
+            if largest is not None or (
+                type(x) is Tensor and x.shape == shape and x.dtype == given and is_nhwc(x)
+            ):
+                found = run_folded(block, folded, x.to(dtype), own, largest)
             if found is None:  # each block by itself finds what is to be done
                 for step in self.steps[i:]:
                     x = step.block(x)
@@ -263,9 +271,16 @@ def _last_layer(fusion: Any, x: Tensor, fc: Any) -> inference.Linear | None:
 class SequenceMixin(FusedMixin):
     """A Sequential of blocks, some of them fused, in a network that no family knows."""
 
+    def __getitem__(self, index: Any) -> nn.Module:
+        """A slice is a Sequential of its own, not of this class."""
+        layer: Any = self
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(layer._modules.items())[index]))
+        return nn.Sequential.__getitem__(layer, index)
+
     def forward(self, x: Tensor) -> Tensor:
-        fusion = self.__dict__.get("_fastres")  # a slice of a Sequential has its class, made anew
-        if fusion is None or replaced(nn.Sequential, "forward") or watcher(x) is not None:
+        fusion = self._fastres
+        if replaced(nn.Sequential, "forward") or watcher(x) is not None:
             return super().forward(x)  # type: ignore[misc]
         key = situation(x)
         route = fusion.routes.find(key)
@@ -274,10 +289,11 @@ class SequenceMixin(FusedMixin):
             assert z is not None  # only a stem refuses
             return z
         layer: Any = self
-        wanted, trace = fusion.routes.prepare(key, lambda: _watch(layer)), Trace()
+        watch, trace = fusion.routes.prepare(key, lambda: _watch(layer)), Trace()
         z, _, largest = _run_layer(layer, x, False, None, trace)
-        if wanted and trace.whole and any(step.folded is not None for step in trace.steps):
-            fusion.routes.add(key, Route(trace.steps))
+        folded = any(step.folded is not None for step in trace.steps)
+        if watch is not None and trace.whole and folded:
+            fusion.routes.add(key, Route(trace.steps), watch)
         return marked(z, largest)
 
 
@@ -289,14 +305,14 @@ class NetworkMixin(StemMixin):
         module: Any = self
         fusion = self._fastres
         key = situation(x)
-        wanted, trace = fusion.routes.prepare(key, lambda: _watch(module)), Trace()
+        watch, trace = fusion.routes.prepare(key, lambda: _watch(module)), Trace()
         z, largest = stem_forward(module, fusion, self.pool, x, whole=True)
         folded = key is not None and largest is not None
         stem = self._stem(x) if folded else None
         head = _last_layer(fusion, x, module._modules.get("fc")) if folded else None
         z = run_blocks(layers, z, own_input=True, largest=largest, trace=trace)
-        if wanted and trace.whole and stem is not None:
-            fusion.routes.add(key, Route(trace.steps, stem, head))
+        if watch is not None and trace.whole and stem is not None:
+            fusion.routes.add(key, Route(trace.steps, stem, head), watch)
         return self.last(z, head)
 
     def _stem(self, x: Tensor) -> Stem | None:

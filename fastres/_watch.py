@@ -82,27 +82,32 @@ class Routes:
             return None
         watch = self._watch
         if watch is None or not watch.holds():
-            self._watch, self._routes = None, OrderedDict()
+            self.clear()
             return None
         self._unused = 0
         return route
 
-    def prepare(self, key: tuple | None, watch: Callable[[], Watch]) -> bool:
-        """Before a call without a route: whether one should be made of it, by `add`."""
+    def clear(self) -> None:
+        self._watch, self._routes = None, OrderedDict()
+
+    def prepare(self, key: tuple | None, watch: Callable[[], Watch]) -> Watch | None:
+        """Before a call without a route: what `add` is to be given after it; None where no route
+        should be made of it."""
         if key is None:
-            return False
+            return None
         self._unused += 1
         if self._unused > WASTED and self._unused % RETRY:
-            return False
-        if self._watch is None or not self._watch.holds():
-            self._routes = OrderedDict()
-            self._watch = watch()
-        return True
+            return None
+        found = self._watch
+        if found is None or not found.holds():
+            found = watch()
+            self._watch, self._routes = found, OrderedDict()
+        return found
 
-    def add(self, key: tuple | None, route: Any) -> None:
+    def add(self, key: tuple | None, route: Any, watch: Watch) -> None:
         """Keep the route of a call that was prepared, and ran so."""
-        watch = self._watch
-        if key is None or watch is None or not watch.holds():  # it changed meanwhile
+        # what a call began with may have changed, and another thread's call be watching since
+        if key is None or self._watch is not watch or not watch.holds():
             return
         while len(self._routes) >= KEPT:
             self._routes.popitem(last=False)

@@ -20,6 +20,7 @@ itself is measured."""
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import sys
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _native, _winograd, counters
 from ._arguments import DTYPE
@@ -84,6 +86,20 @@ class Folded(NamedTuple):
     bound: Bound
 
 
+@functools.cache
+def _watch_fused_optimisers() -> None:
+    """torch's optimisers with fused=True write on the CPU without moving version counters."""
+
+    def stepped(optimiser: Any, *_: Any) -> None:
+        for group in optimiser.param_groups:
+            if group.get("fused"):
+                for p in group["params"]:
+                    if p.is_cpu and p.grad is not None and not p.is_inference():
+                        torch.autograd.graph.increment_version(p)
+
+    register_optimizer_step_post_hook(stepped)
+
+
 class _Source(NamedTuple):
     """A tensor as it was when it was folded. `alias` keeps its storage from being reused."""
 
@@ -93,12 +109,13 @@ class _Source(NamedTuple):
 
     @staticmethod
     def of(t: Tensor | None) -> _Source:
+        _watch_fused_optimisers()
         return _Source(t, None, 0) if t is None else _Source(t, t.detach(), t._version)
 
     def holds(self, t: Tensor | None) -> bool:
         if t is None or self.alias is None:
             return t is self.tensor
-        same = t is self.tensor and t._version == self.version
+        same = t is self.tensor and not t.is_inference() and t._version == self.version
         return same and t.is_cpu and t.is_set_to(self.alias)  # storage, shape, strides
 
 
@@ -198,7 +215,7 @@ class Cache:
                 u = self._winograd.get((i, dtype))
                 if u is None:
                     u = self._winograd[i, dtype] = _winograd.pack(weight, dtype)
-                packs.append(Packed(u, shift, shift, *geometry, c.out_channels))
+                packs.append(Packed(u, shift, shift, *geometry, len(weight)))
                 continue
             weight = weight.to(dtype)
             if shapes is not None:
@@ -245,6 +262,10 @@ class LinearCache:
         """fc on activations of a dtype, to which autocast casts fp32 ones; None where torch must
         run it."""
         tensors = fc.weight, fc.bias
+        if fc.weight.dim() != 2 or fc.weight.numel() == 0:
+            return None
+        if fc.bias is not None and fc.bias.shape != fc.weight.shape[:1]:
+            return None
         for t in tensors:
             if t is None:
                 continue
@@ -260,13 +281,14 @@ class LinearCache:
             with torch.no_grad():
                 weight = torch.ops.mkldnn._reorder_linear_weight(fc.weight.to(dtype))
                 bias = None if fc.bias is None else fc.bias.detach().to(dtype)
-            packed = self._packed[dtype] = Linear(weight, bias, fc.in_features)
+            packed = self._packed[dtype] = Linear(weight, bias, fc.weight.shape[1])
         return packed
 
 
 def _winograd_runs(c: nn.Conv2d, shape: Shape, dtype: torch.dtype) -> bool:
     geometry = [*c.stride, *c.padding, *c.dilation, c.groups]
-    why = _winograd.why_not("inference", shape, dtype, c.out_channels, geometry, c.kernel_size)
+    k, _, *taps = c.weight.shape  # pruning tools leave out_channels as it was
+    why = _winograd.why_not("inference", shape, dtype, k, geometry, taps)
     return why is None
 
 

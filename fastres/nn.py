@@ -134,6 +134,8 @@ def fuse(module: nn.Module, mixin: type, spec: Spec, path: str = "") -> None:
 
 def unfuse(module: nn.Module) -> None:
     """The inverse of `fuse`, exact."""
+    fusion: Any = module._fastres
+    fusion.routes.clear()  # which hold the module
     module.__class__ = type(module).original_class  # type: ignore[attr-defined]
     del module.__dict__["_fastres"]
 
@@ -308,12 +310,13 @@ def run_folded(
         return None
     if spec.branch is None:
         return inference.block(x, folded.packs, spec.shortcut is not None, own_input), bound
-    residual, h = child(module, spec.branch)(x), inference.chain(x, folded.packs[:-1])
+    h = inference.chain(x, folded.packs[:-1])  # before the branch, which may write to x
+    residual = child(module, spec.branch)(x)
     conv = Conv.of(child(module, spec.units[-1][0]))
     shape = conv_out_shape("residual_block", tuple(h.shape), conv)
     bound = inference.admit_sum(bound, residual) if _fits(residual, shape, h) else None
     if bound is None:
-        return module.by_ops(x, residual, "b"), None
+        return module.last_unit(h, residual, "b"), None
     return inference.conv_add_relu(h, folded.packs[-1], residual, inplace=False), bound
 
 
@@ -351,18 +354,18 @@ class OpenBlockMixin(ResidualBlockMixin):
             count_unfolded(reason)
         rung = checked_rung(type(self).__name__, None if choice == plan.EAGER else choice, x)
         branch: Any = spec.branch
-        return self.by_ops(x, child(module, branch)(x), rung), None
+        h = x
+        for unit in block_of(module, spec).units[:-1]:
+            h = conv_bn_relu(h, *unit, rung)
+        return self.last_unit(h, child(module, branch)(x), rung), None
 
-    def by_ops(self, x: Tensor, residual: Tensor, rung: str) -> Tensor:
-        """relu(bn_K(conv_K(... relu(bn_1(conv_1(x))))) + residual)"""
+    def last_unit(self, h: Tensor, residual: Tensor, rung: str) -> Tensor:
+        """relu(bn_K(conv_K(h)) + residual)"""
         module: Any = self
-        *inner, last = block_of(module, self._fastres.spec).units
-        for unit in inner:
-            x = conv_bn_relu(x, *unit, rung)
-        shape = conv_out_shape("residual_block", tuple(x.shape), last.conv)
-        if _fits(residual, shape, x):
-            return conv_bn_add_relu(x, *last, residual, fusion=rung)
-        y = conv_bn(x, *last, rung).clone()
+        last = unit_of(module, self._fastres.spec.units[-1])
+        if _fits(residual, conv_out_shape("residual_block", tuple(h.shape), last.conv), h):
+            return conv_bn_add_relu(h, *last, residual, fusion=rung)
+        y = conv_bn(h, *last, rung).clone()
         y += residual  # as the block does it: any shape and dtype that y takes
         return nn.functional.relu(y)
 
