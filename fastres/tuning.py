@@ -204,10 +204,8 @@ def tune(
                 progress.step()
     covered = len(entries.keys() & current.packaged.keys())
     if covered:
-        text = (
-            "fastres.tune: of %d blocks, %d have an entry in the package's table, which comes first"
-        )
-        log.warning(text, len(entries), covered)
+        text = "fastres.tune: %d of %d blocks are in the package's table, which comes first"
+        log.warning(text, covered, len(entries))
     plan.synchronise(device)
     return Tuning(entries, paths, left)
 

@@ -63,7 +63,7 @@ def test_a_tuned_cache_becomes_a_table(tables, caplog, monkeypatch):
     key = next(iter(found))
     here.packaged = {key: found[key]}
     fastres.tune(model, x, modes=("inference",))
-    assert "of 5 blocks, 1 have an entry in the package's table, which comes first" in caplog.text
+    assert "1 of 5 blocks are in the package's table, which comes first" in caplog.text
     assert here.lookup(key)[1].startswith("table: ") and key in here.cached
 
 
