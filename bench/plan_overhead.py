@@ -28,12 +28,14 @@ from fastres.bench.models import build_model
 
 from .winograd import save
 
+USERS = ("fastres._network", "fastres.convert.torchvision")  # beside fastres.nn
+
 
 def lookups(model: torch.nn.Module, x: torch.Tensor, training: bool) -> list[tuple[Any, Any]]:
     """(module, input) of every lookup of a forward."""
     found: list[tuple[Any, Any]] = []
     choice_of = fused_nn.choice_of
-    family = sys.modules["fastres.convert.torchvision"]
+    users: list[Any] = [fused_nn, *map(sys.modules.get, USERS)]
 
     def recorded(module: Any, x: torch.Tensor) -> tuple[str, str]:
         found.append((module, x.detach()))
@@ -41,11 +43,13 @@ def lookups(model: torch.nn.Module, x: torch.Tensor, training: bool) -> list[tup
 
     model.train(training)
     try:
-        fused_nn.choice_of = family.choice_of = recorded  # type: ignore[attr-defined]
+        for user in users:
+            user.choice_of = recorded
         with torch.set_grad_enabled(training):
             model(x)
     finally:
-        fused_nn.choice_of = family.choice_of = choice_of  # type: ignore[attr-defined]
+        for user in users:
+            user.choice_of = choice_of
     return found
 
 

@@ -149,7 +149,7 @@ def _stage_rung(layer: Any, x: Tensor) -> str | None:
 def _run_stage(blocks: list[Any], x: Tensor, rung: str) -> Tensor:
     first = blocks[0]
     x = cast_input(first, first._fastres.spec, x)
-    checked_rung(type(first).__name__, rung, x)
+    checked_rung(type(first).__name__, first._fastres.rung, x)
     return residual_stage(x, [block_of(b, b._fastres.spec) for b in blocks], rung)
 
 
