@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _heuristic, _winograd, backends, inference, plan, selfcheck
+from ._members import Uncopied
 from ._spec import Spec, child
 from ._watch import Routes
 from .ops import BatchNorm, Block, Conv, Unit
@@ -21,14 +22,8 @@ from .ops.residual_stage import check_block
 CHOICES_KEPT = 64  # input shapes of a module whose plan entries are remembered
 
 
-class Programs(dict[tuple, Program]):
-    """A block's prepared training. Not copied, not pickled: a copy starts empty."""
-
-    def __deepcopy__(self, memo: dict) -> Programs:
-        return Programs()
-
-    def __reduce__(self) -> tuple:
-        return (Programs, ())
+class Programs(Uncopied, dict[tuple, Program]):
+    """A block's prepared training."""
 
 
 @dataclass

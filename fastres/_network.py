@@ -26,7 +26,6 @@ from ._chosen import (
     modules_of,
 )
 from ._layout import is_nhwc
-from ._members import tensor_of
 from ._spec import PLAIN, child, global_hooks, has_hooks, remember_methods, replaced, watcher
 from ._watch import Watch
 from .nn import (
@@ -235,17 +234,12 @@ def _watch(owner: nn.Module) -> Watch:
         spec = m._fastres.spec
         fusions.append(m._fastres)
         modules |= dict.fromkeys([m, *(child(m, path) for path, _ in spec.covered())])
-        for conv, bn in modules_of(m, spec):
-            names = (conv, "weight"), *((bn, n) for n in BN_TENSORS)
-            tensors += [t for c, n in names if (t := tensor_of(c, n)) is not None]
+        tensors += [t for t in inference.sources_of(modules_of(m, spec))[0] if t is not None]
     head = owner._modules.get("fc")
     if type(head) is nn.Linear:
         modules[head] = None
         tensors += [t for t in (head.weight, head.bias) if t is not None]
     return Watch(modules, fusions, [t for t in tensors if not t.is_inference()], _methods(modules))
-
-
-BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _methods(modules: Iterable[nn.Module]) -> set[tuple[type, str]]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import _native
+from ._members import Uncopied
 
 _DICTS = (
     "_parameters", "_buffers", "_modules",
@@ -57,20 +58,14 @@ class Watch:
         return self._native.holds()
 
 
-class Routes:
+class Routes(Uncopied):
     """How calls of one module ran, by what the call depends on beside the module and what it holds:
-    good while nothing changes of what a Watch sees. Not copied, not pickled."""
+    good while nothing changes of what a Watch sees."""
 
     def __init__(self) -> None:
         self._watch: Watch | None = None
         self._routes: OrderedDict[tuple, Any] = OrderedDict()
         self._unused = 0  # calls since a route was run
-
-    def __deepcopy__(self, memo: dict) -> Routes:
-        return Routes()
-
-    def __reduce__(self) -> tuple:
-        return (Routes, ())
 
     def __len__(self) -> int:
         return len(self._routes)

@@ -36,7 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import _native, _winograd, counters
 from ._arguments import DTYPE
 from ._layout import is_nhwc
-from ._members import tensor_of
+from ._members import Uncopied, tensor_of
 
 # (dtype, input shape) variants of one module that are packed. oneDNN chooses its weight layout by
 # the input's shape, and running on another one's costs up to 100x; a server that batches 1 to 8
@@ -119,18 +119,12 @@ class _Source(NamedTuple):
         return same and t.is_cpu and t.is_set_to(self.alias)  # storage, shape, strides
 
 
-class Cache:
-    """Folded weights of one module. Not copied, not pickled: a copy starts empty and refolds."""
+class Cache(Uncopied):
+    """Folded weights of one module."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.clear()
-
-    def __deepcopy__(self, memo: dict) -> Cache:
-        return Cache()
-
-    def __reduce__(self) -> tuple:
-        return (Cache, ())
 
     def __len__(self) -> int:
         """How many variants are held."""
@@ -157,7 +151,7 @@ class Cache:
         in_shapes() gives the input shape of each conv, or raises; it is asked once a variant. add:
         see `bound`."""
         with self._lock:
-            tensors, settings = _sources_of(pairs)
+            tensors, settings = sources_of(pairs)
             if settings != self._settings or not all(
                 s.holds(t) for s, t in zip(self._sources, tensors, strict=True)
             ):
@@ -241,19 +235,12 @@ class Linear(NamedTuple):
         return call(x.contiguous(), self.weight, self.bias, "none", [], "")
 
 
-class LinearCache:
-    """A packed linear layer by dtype, while its tensors are what they were. Not copied, not
-    pickled."""
+class LinearCache(Uncopied):
+    """A packed linear layer by dtype, while its tensors are what they were."""
 
     def __init__(self) -> None:
         self._sources: list[_Source] = []
         self._packed: dict[torch.dtype, Linear] = {}
-
-    def __deepcopy__(self, memo: dict) -> LinearCache:
-        return LinearCache()
-
-    def __reduce__(self) -> tuple:
-        return (LinearCache, ())
 
     def clear(self) -> None:
         self._packed = {}
@@ -292,7 +279,7 @@ def _winograd_runs(c: nn.Conv2d, shape: Shape, dtype: torch.dtype) -> bool:
     return why is None
 
 
-def _sources_of(pairs: Sequence[Pair]) -> tuple[list[Tensor | None], list[Any]]:
+def sources_of(pairs: Sequence[Pair]) -> tuple[list[Tensor | None], list[Any]]:
     """The tensors that folding reads, and the settings."""
     tensors: list[Tensor | None] = []
     settings: list[Any] = []

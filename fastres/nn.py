@@ -208,7 +208,8 @@ class ResidualBlockMixin(FusedMixin):
         spec = self._fastres.spec
         x = cast_input(module, spec, x)
         if (
-            choice in ("b", plan.EAGER)
+            spec.branch is None
+            and choice in ("b", plan.EAGER)
             and torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
         ):
@@ -225,7 +226,11 @@ class ResidualBlockMixin(FusedMixin):
         else:
             count_unfolded(reason)
         rung = checked_rung(type(self).__name__, None if choice == plan.EAGER else choice, x)
-        return residual_block(x, *block_of(module, spec), rung), None
+        return self._by_ops(x, rung), None
+
+    def _by_ops(self, x: Tensor, rung: str) -> Tensor:
+        module: Any = self
+        return residual_block(x, *block_of(module, self._fastres.spec), rung)
 
     def _program(self, x: Tensor, units: list[Unit]) -> Program:
         """This block's training on rung b; made anew, with all checks, for whatever of an input and
@@ -337,27 +342,13 @@ class OpenBlockMixin(ResidualBlockMixin):
 
     fuses_block = False
 
-    def _fused(
-        self, x: Tensor, own_input: bool, largest: float | None, choice: str
-    ) -> tuple[Tensor, float | None]:
+    def _by_ops(self, x: Tensor, rung: str) -> Tensor:
         module: Any = self
-        spec = self._fastres.spec
-        if asked_rung(self._fastres) is not None:
-            checked_rung(type(self).__name__, self._fastres.rung, x)
-        x = cast_input(module, spec, x)
-        reason = why_unfolded(module, spec, x)
-        if reason is None:
-            folded = _folded_block(module, self._fastres, x, own_input, largest)
-            if folded is not None:
-                return folded
-        else:
-            count_unfolded(reason)
-        rung = checked_rung(type(self).__name__, None if choice == plan.EAGER else choice, x)
-        branch: Any = spec.branch
+        branch: Any = self._fastres.spec.branch
         h = x
-        for unit in block_of(module, spec).units[:-1]:
+        for unit in block_of(module, self._fastres.spec).units[:-1]:
             h = conv_bn_relu(h, *unit, rung)
-        return self.last_unit(h, child(module, branch)(x), rung), None
+        return self.last_unit(h, child(module, branch)(x), rung)
 
     def last_unit(self, h: Tensor, residual: Tensor, rung: str) -> Tensor:
         """relu(bn_K(conv_K(h)) + residual)"""
