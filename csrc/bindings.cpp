@@ -2,13 +2,18 @@
 // caller. Addresses are integers, 0 where the contract says None. The GIL is released while a
 // kernel runs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstring>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "arguments.h"
 #include "build_info.h"
 #include "cpu/runtime.h"
+#include "route.h"
 #include "watch.h"
 #ifdef FASTRES_CUDA
 #include "cuda/bindings.h"
@@ -189,6 +194,51 @@ void update_running_stats(const py::list& norms) {
   }
 }
 
+// The handle that torch._C._aoti gives out in a capsule; the reference becomes ours. None: none.
+Tensor tensor(const py::handle& capsule) {
+  if (capsule.is_none()) return Tensor();
+  return Tensor(static_cast<TensorHandle>(py::reinterpret_borrow<py::capsule>(capsule)));
+}
+
+// (weight, bias, add_bias) as capsules, then padding, stride, dilation, groups, channels
+PackedConv packed_conv(const py::handle& entry) {
+  const auto c = py::reinterpret_borrow<py::tuple>(entry);
+  PackedConv found{tensor(c[0]), tensor(c[1]), tensor(c[2]), {}, {}, {}, 0, 0};
+  int64_t* const pairs[] = {found.padding, found.stride, found.dilation};
+  for (size_t i = 0; i < 3; ++i) {
+    const auto pair = c[3 + i].cast<std::pair<int64_t, int64_t>>();
+    pairs[i][0] = pair.first;
+    pairs[i][1] = pair.second;
+  }
+  found.groups = c[6].cast<int64_t>();
+  found.channels = c[7].cast<int64_t>();
+  return found;
+}
+
+using BoundTuple = std::tuple<double, double, double>;
+
+void add_stem(Route& r, const py::tuple& conv, const BoundTuple& b, int kernel, int stride,
+              int padding) {
+  r.add_stem(packed_conv(conv), {std::get<0>(b), std::get<1>(b), std::get<2>(b)}, kernel, stride,
+             padding);
+}
+
+void add_block(Route& r, const py::list& convs, const BoundTuple& b, bool projected) {
+  std::vector<PackedConv> packed;
+  for (const py::handle c : convs) packed.push_back(packed_conv(c));
+  r.add_block(std::move(packed), {std::get<0>(b), std::get<1>(b), std::get<2>(b)}, projected);
+}
+
+py::tuple run_route(const Route& r, const py::capsule& x, double largest, int64_t threads) {
+  Tensor given = tensor(x);
+  Route::Result result;
+  {
+    py::gil_scoped_release no_gil;
+    result = r.run(std::move(given), largest, threads);
+  }
+  return py::make_tuple(py::capsule(result.z.release()), result.largest, result.done);
+}
+
 std::string isa() { return kernels().isa; }
 py::object isas() { return py::str(supported_isas()).attr("split")(); }
 py::object all_isas() { return py::str(built_isas()).attr("split")(); }
@@ -221,6 +271,14 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Watch>(m, "Watch", "Whether modules and tensors are as they were: fastres/_watch.py.")
       .def(py::init<py::list, py::list, py::list, py::list>())
       .def("holds", &Watch::holds);
+
+  py::class_<Route>(m, "Route", "A network's folded convs in a row: fastres/_route.py.")
+      .def(py::init<int>())
+      .def("add_stem", &add_stem)
+      .def("add_block", &add_block)
+      .def("run", &run_route);
+  m.def("torch_shim_names", &torch_shim_names);
+  m.def("set_torch_shims", &set_torch_shims);
 
   m.def("isa", &isa, "The ISA in use; FASTRES_CPU_ISA forces one.");
   m.def("isas", &isas, "The ISA variants of this build that this CPU runs, worst first.");

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 _POOL_SYMBOL = "torch_parallel_for"
-_NEWEST = "Watch"  # of csrc/bindings.cpp's functions: what older builds do not have
+_NEWEST = "Route"  # of csrc/bindings.cpp's functions: what older builds do not have
 
 
 @functools.cache
@@ -50,16 +50,28 @@ def _load() -> tuple[ModuleType | None, str | None, str | None]:
     return _C, None, reason
 
 
-def _pool_address() -> tuple[int, str | None]:
-    """Address of libtorch_cpu's C function torch_parallel_for, or why there is none."""
+@functools.cache
+def torch_library() -> ctypes.CDLL | str:
+    """libtorch_cpu, or why it does not load."""
     import torch
 
     names = {"linux": "libtorch_cpu.so", "darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}
     library = Path(torch.__file__).parent / "lib" / names.get(sys.platform, "libtorch_cpu.so")
     try:
-        function = getattr(ctypes.CDLL(str(library)), _POOL_SYMBOL)
+        return ctypes.CDLL(str(library))
     except OSError as error:
-        return 0, f"{library} does not load ({error}): the kernels run in one thread"
+        return f"{library} does not load ({error})"
+
+
+def _pool_address() -> tuple[int, str | None]:
+    """Address of libtorch_cpu's C function torch_parallel_for, or why there is none."""
+    import torch
+
+    library = torch_library()
+    if isinstance(library, str):
+        return 0, f"{library}: the kernels run in one thread"
+    try:
+        function = getattr(library, _POOL_SYMBOL)
     except AttributeError:
         return 0, f"torch {torch.__version__} has no {_POOL_SYMBOL}: the kernels run in one thread"
     address = ctypes.cast(function, ctypes.c_void_p).value

@@ -4,19 +4,18 @@ In inference a tensor that only passes from block to block is added to in place,
 pass over memory for every identity shortcut; on rungs c1 and up, the blocks of a layer run as one
 stage, fused across their borders.
 
-CPU inference of batches of a shape that came before runs by `Route`: the folded convs, one after
-the other. What every block asks before it may run fused is asked once, of a `Watch` in C++."""
+CPU inference of batches of a shape that came before runs by a `Route`."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, inference, plan
+from . import inference, plan
 from ._chosen import (
     asked_rung,
     autocast_dtype,
@@ -25,8 +24,8 @@ from ._chosen import (
     choice_of,
     modules_of,
 )
-from ._layout import is_nhwc
-from ._spec import PLAIN, child, global_hooks, has_hooks, remember_methods, replaced, watcher
+from ._route import Route, Stem, Step, Trace, situation
+from ._spec import PLAIN, child, has_hooks, remember_methods, replaced, watcher
 from ._watch import Watch
 from .nn import (
     FusedMixin,
@@ -34,7 +33,6 @@ from .nn import (
     StemMixin,
     cast_input,
     marked,
-    run_folded,
     stem_forward,
     window_of,
 )
@@ -45,25 +43,6 @@ remember_methods(nn.Linear, "forward")
 
 
 # --- block by block -------------------------------------------------------------------------------
-
-
-class Step(NamedTuple):
-    """A block as it ran. folded: its convs, None where it is to be called; shape and given: x's;
-    dtype: what it is cast to."""
-
-    block: nn.Module
-    folded: inference.Folded | None
-    shape: torch.Size
-    given: torch.dtype
-    dtype: torch.dtype
-
-
-class Trace:
-    """The steps of a call. whole: they are all of it, and run alike next time."""
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.whole = True
 
 
 def run_blocks(
@@ -153,72 +132,6 @@ def _run_stage(blocks: list[Any], x: Tensor, rung: str) -> Tensor:
 
 
 # --- routes ---------------------------------------------------------------------------------------
-
-
-def situation(x: Any) -> tuple | None:
-    """All that CPU inference of a converted model depends on beside its modules and their tensors;
-    None where this call is not plain CPU inference without gradients."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or watcher(x) is not None:
-        return None
-    forced = backends.forced()
-    if not x.is_cpu or x.dim() != 4 or forced not in (None, "cpu") or global_hooks():
-        return None
-    if inference.sharded() or not torch._C._get_mkldnn_enabled():
-        return None
-    version = plan.current(x.device).version
-    dtype = autocast_dtype(x)
-    return x.shape, x.dtype, is_nhwc(x), dtype, forced, version, inference.epoch()
-
-
-class Stem(NamedTuple):
-    """conv, batch norm, ReLU and the max-pool of a window (kernel, stride, padding), if any."""
-
-    dtype: torch.dtype
-    folded: inference.Folded
-    window: tuple[int, int, int] | None
-
-    def run(self, x: Tensor) -> tuple[Tensor, float | None]:
-        """(z, a bound of |z|), or (x, None) when the values of x do not let it run folded."""
-        h = inference.in_channels_last(x.to(self.dtype))
-        bound = inference.admit(h, None, self.folded.bound)
-        if bound is None:
-            return x, None
-        z = inference.conv(h, self.folded.packs[0], relu=True)
-        return z if self.window is None else inference.max_pool(z, *self.window), bound
-
-
-class Route(NamedTuple):
-    """CPU inference on batches of one shape: the stem, blocks, the last layer where it is not to be
-    called."""
-
-    steps: list[Step]
-    stem: Stem | None = None
-    head: inference.Linear | None = None
-
-    def run(self, x: Tensor) -> Tensor | None:
-        """z before the head; None when the values of x do not let the stem run folded."""
-        largest, own = None, False
-        if self.stem is not None:
-            x, largest = self.stem.run(x)
-            if largest is None:
-                return None
-            own = True
-        for i, (block, folded, shape, given, dtype) in enumerate(self.steps):
-            if folded is None:
-                x, own, largest = block(marked(x, largest)), False, None
-                continue
-            found = None
-            # from outside, or of a block that was called, comes what may
-            if largest is not None or (
-                type(x) is Tensor and x.shape == shape and x.dtype == given and is_nhwc(x)
-            ):
-                found = run_folded(block, folded, x.to(dtype), own, largest)
-            if found is None:  # each block by itself finds what is to be done
-                for step in self.steps[i:]:
-                    x = step.block(x)
-                return x
-            (x, largest), own = found, True
-        return marked(x, largest)
 
 
 def _watch(owner: nn.Module) -> Watch:

@@ -69,15 +69,22 @@ def _reason(error: BaseException) -> str:
 
 def _native() -> dict[str, Any]:
     """The C++ module: why it is missing (None when it runs), the ISA in use, how it was built."""
-    found: dict[str, Any] = {"missing": None, "isa": None, "serial": None, "build": None}
+    found: dict[str, Any] = {
+        "missing": None,
+        "isa": None,
+        "serial": None,
+        "routes": None,
+        "build": None,
+    }
     try:
-        from fastres import _native
+        from fastres import _native, _route
 
         found["build"] = _native.build_info()
         found["missing"] = _native.why_missing()
         if found["missing"] is None:
             found["serial"] = _native.serial_reason()
             found["isa"] = _native.module().isa()
+            found["routes"] = _route.why_interpreted()
     except Exception as error:
         found["missing"] = _reason(error)
     return found
@@ -181,6 +188,9 @@ def text(found: dict[str, Any]) -> str:
     isa = cpu["isa"] or "none"
     lines.append(("CPU", f"{cpu['model']}, {cpu['cores']} cores"))
     lines.append(("CPU kernels use", f"{isa} (torch: {cpu['torch_isa']})"))
+    if not native["missing"]:
+        why = native["routes"]
+        lines.append(("CPU inference", "in C++" if why is None else f"from Python: {why}"))
     if gpu["devices"]:
         for device in gpu["devices"]:
             lines.append(("GPU", f"{device['name']}, compute capability {device['capability']}"))

@@ -380,8 +380,7 @@ def admit(x: Tensor, largest: float | None, b: Bound) -> float | None:
 
     Measures x (one pass) only when what is known of it does not do."""
     if largest is None:
-        version, marked = getattr(x, _MARK, (0, None))
-        largest = marked if marked is not None and version == x._version else None
+        largest = known(x)
     if largest is None or largest > b.safe:
         largest = abs_max(x)
     if largest <= b.safe:
@@ -393,6 +392,12 @@ def admit(x: Tensor, largest: float | None, b: Bound) -> float | None:
         " does"
     )
     return None
+
+
+def known(x: Tensor) -> float | None:
+    """The bound of |x| that `mark` left."""
+    version, marked = getattr(x, _MARK, (0, None))
+    return marked if marked is not None and version == x._version else None
 
 
 def in_channels_last(x: Tensor) -> Tensor:
