@@ -14,7 +14,7 @@ import triton
 
 from fastres._tf32 import conv_tf32
 
-from ._conv import wide
+from ._conv import units, wide
 from ._launch import INTERPRETED
 
 
@@ -186,7 +186,7 @@ def _narrow(config: ConvConfig, arch: Arch, itemsize: int) -> ConvConfig:
     )
 
 
-def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
+def fprop_config(geo, x, y, shortcut: bool, stats: bool) -> ConvConfig:
     arch = arch_of(x.device)
     size = x.element_size()
     odd = _odd(arch, geo, size)
@@ -203,6 +203,14 @@ def fprop_config(geo, x, shortcut: bool, stats: bool) -> ConvConfig:
             arch = replace(arch, maxnreg=192)  # two, not three
         elif not shortcut and x.dtype == torch.float16:
             arch = replace(arch, maxnreg=144)  # three, not four; bf16 has room for four
+        elif not shortcut and x.dtype == torch.bfloat16 and geo.k <= 128 < geo.c:
+            arch = replace(arch, maxnreg=168)  # a narrowing conv: it takes z, and has no prologue
+    elif (
+        arch.name == "sm_80" and size < 4 and geo.k > 32 and geo.groups == 1 and not geo.pointwise
+    ) and ((geo.r * geo.s == 1 and geo.k <= 128) if stats else not wide(x, y)):
+        # two programs of 8 warps: ptxas spills when it chooses that limit itself (with 64-bit
+        # offsets at 128, too)
+        arch = replace(arch, maxnreg=128)
     columns, summed = geo.group_k, geo.group_c
     found = _gemm(arch, geo, geo.rows, columns, summed, size, 1 + shortcut, 0, stats)
     if arch.name == "sm_100" and shortcut and not plain:
@@ -249,8 +257,15 @@ def wgrad_config(geo, x, mode: str, norm: bool) -> ConvConfig:
     if _odd(arch, geo, size) and _plain_fma(arch, size):  # as in _narrow
         block_k, block_n, warps = min(block_k, 32), min(block_n, 32), 8
         return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, 255)
-    # two programs of 4 warps: ptxas spills for a third
-    maxnreg = 255 if both and _odd(arch, geo, size) else arch.maxnreg
+    maxnreg = arch.maxnreg
+    if both and _odd(arch, geo, size):
+        maxnreg = 255  # two programs of 4 warps: ptxas spills for a third
+    elif arch.name == "sm_80" and norm and size < 4 and geo.groups == 1 and units(geo.c)[0] > 1:
+        # over 128 channels are an argument, which the compiler cannot fold: a few registers more
+        if both and geo.pointwise:
+            maxnreg = 168  # three programs: as in fprop_config
+        elif mode == "none" or (mode == "frozen" and not geo.pointwise):
+            maxnreg = 255  # two, not three
     return ConvConfig(block_m, block_n, block_k, warps, stages, arch.programs, maxnreg)
 
 

@@ -212,7 +212,7 @@ _NONE = (None,) * 4
 
 def _run(y, with_stats, z, mask, x, weight, geometry, norm, shortcut, out_norm, add, relu):
     geo = Geometry.of(x.shape, weight.shape, geometry)
-    config = fprop_config(geo, x, shortcut is not None, with_stats)
+    config = fprop_config(geo, x, y, shortcut is not None, with_stats)
     plan = cut(geo.rows, geo.group_k, config, geo.groups)
     # The block prologue writes z where it read x: it has the addresses anyway.
     by_descriptor = shortcut is None and descriptors(arch_of(x.device), geo, x)

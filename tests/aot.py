@@ -266,10 +266,18 @@ def digest(launch) -> str:
     place), specialisation, tile."""
     source = _source(launch)
     shape = (sorted(source.signature.items()), sorted(map(str, source.constants.items())))
-    text = _device_code(launch.kernel), shape, sorted(source.attrs), launch.warps, launch.stages
+    rest = shape, sorted(source.attrs), launch.warps, launch.stages
     if launch.maxnreg is not None:
-        text += (launch.maxnreg,)
-    return hashlib.sha256(repr(text).encode()).hexdigest()[:12]
+        rest += (launch.maxnreg,)
+    hashed = _hash_of(launch.kernel).copy()
+    hashed.update(repr(rest)[1:].encode())
+    return hashed.hexdigest()[:12]
+
+
+@functools.cache
+def _hash_of(kernel):
+    """Begun with the device code (some 50 KB), once for all launches of a kernel."""
+    return hashlib.sha256(f"({_device_code(kernel)!r}, ".encode())
 
 
 @functools.cache
