@@ -19,14 +19,13 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from fastres import backends
+from fastres import backends, memory
 from fastres.bench.machine import Machine, measure
 from fastres.bench.stats import speed_ratios
 from fastres.memory import exhausted
@@ -87,7 +86,7 @@ class Session:
     def need(self, what: int) -> None:
         """MemoryError when the CPU has not so many bytes free: Linux would end the process instead
         of refusing. A GPU refuses by itself."""
-        free = available_memory() if self.device == "cpu" else None
+        free = memory.available() if self.device == "cpu" else None
         if free is not None and what > 0.7 * free:
             raise MemoryError(f"{what / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
 
@@ -250,15 +249,6 @@ def summary(session: Session) -> list[str]:
         f"TFLOP/s {rates}, the best of this session; {time.time() - session.began:.0f} s in all"
     )
     return lines
-
-
-def available_memory() -> int | None:
-    """Bytes that Linux says are available; None elsewhere."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
 
 
 def driver() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from fastres.bench.options import (
     add_arguments,
     at_least,
     check_model_name,
+    check_pixels,
     check_training_batch,
     options_from,
     positive,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 USAGE = 2
 INTERRUPTED = 130
 TERMINATED = 143
+CLOSED = 141  # as a shell says of a process that SIGPIPE ended
 
 
 class _Parser(argparse.ArgumentParser):
@@ -222,6 +225,7 @@ def _sample(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, tor
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     check_model_name(args.model)
+    check_pixels(args.batch, args.size)
     if args.mode != "inference":
         check_training_batch(args.batch, args.size)
     import torch
@@ -304,6 +308,7 @@ def _bench(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _report(args: argparse.Namespace, argv: list[str]) -> int:
     check_model_name(args.model)
+    check_pixels(args.batch or 1, args.size)
     if args.batch is not None and args.mode != "inference":
         check_training_batch(args.batch, args.size)
     import fastres
@@ -329,6 +334,7 @@ def _report(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _roofline(args: argparse.Namespace, argv: list[str]) -> int:
     check_model_name(args.model)
+    check_pixels(args.batch, args.size)
     from fastres import roofline
 
     training = not args.inference
@@ -380,7 +386,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help()
             return 0
-        return args.run(args, words)
+        code = args.run(args, words)
+        sys.stdout.flush()  # here, where a closed pipe can be answered
+        return code
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the exit's own flush
+        return CLOSED
     except UsageError as error:
         print(f"fastres: error: {error}", file=sys.stderr)
         return USAGE

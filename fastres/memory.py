@@ -8,11 +8,13 @@ M_TRIM_THRESHOLD=-1, M_TOP_PAD=64 MiB. The price is that peak memory stays with 
 ends. `FASTRES_MALLOC=0` leaves malloc alone; `release_buffers()` restores glibc's
 defaults for what is allocated from then on.
 
-`exhausted` tells an error for want of memory from others."""
+`available` is what the host has left; `exhausted` tells an error for want of memory from others."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 from . import _native
 
@@ -28,6 +30,15 @@ def state() -> str:
         if _kept
         else "not yet: the first convert of a CPU model turns it on"
     )
+
+
+def available() -> int | None:
+    """Bytes of the host's memory that Linux says are available; None elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def exhausted(error: BaseException) -> bool:

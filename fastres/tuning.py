@@ -283,10 +283,10 @@ def copy_for(target: Target, candidate: str) -> nn.Module:
 def check(target: Target, candidate: str) -> str | None:
     """None when the candidate computes what the original does on this device, otherwise how far off
     it is."""
-    fused = copy_for(target, candidate)
-    eager = call_of(target, EAGER)
+    fused, eager = copy_for(target, candidate), call_of(target, EAGER)
+    modes = (True, False) if target.training else (False,)  # one value a channel: no training
     result = compare_block(
-        copy_for(target, EAGER), eager, fused, call_of(target, candidate), target.x
+        copy_for(target, EAGER), eager, fused, call_of(target, candidate), target.x, modes
     )
     return None if result.ok else f"wrong: {result.worst}"
 

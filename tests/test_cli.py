@@ -101,10 +101,25 @@ def test_unknown_model_lists_the_accepted_ones(run):
         (["tune", "resnet18", "--batch", "1", "--size", "32"], "--batch 2 or --size 33 can"),
         (["report", "resnet18", "--batch", "1", "--size", "32"], "one image of 32 px is 1x1"),
         (["bench", "resnet18", "--what"], "unrecognized arguments: --what"),
+        (["bench", "resnet18", "--batch", "1000000000"], "need 7,024,640 GB of memory or more"),
+        (["roofline", "resnet18", "--batch", "9" * 20], f"'{'9' * 20}' is more than 2,147,483,647"),
+        *(
+            ([c, "resnet18", "--batch", "2147483647", "--size", "100000"], "than torch can count")
+            for c in ("bench", "report", "roofline", "tune")
+        ),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(run, argv, words):
     assert words in error_of(run(*argv))
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = "import sys; from fastres import cli; sys.exit(cli.main(['report', 'resnet18']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_a_full_disk_is_told_before_anything_runs(run, monkeypatch, tmp_path):
@@ -224,6 +239,8 @@ def test_report_of_a_batch_says_what_was_chosen_and_why(run, monkeypatch):
     assert code == 0 and "training on 2x64x16x16: eager (heuristic" in out
     code, out, _ = run("report", "resnet18", "--batch", "2", "--size", "64", "--mode", "inference")
     assert code == 0 and "fused" in out and "training on" not in out
+    rows = [line for line in out.splitlines() if "BasicBlock" in line]
+    assert rows and all("; rung b (heuristic: vendor convs" in row for row in rows)
     assert "--batch" in error_of(run("report", "resnet18", "--batch", "0"))
 
 

@@ -304,6 +304,14 @@ def test_a_wrong_candidate_is_rejected(monkeypatch):
     assert "rejected b: wrong" in str(found)
 
 
+def test_inference_is_not_held_against_what_training_refuses():
+    """One value a channel: batch norm cannot train on it."""
+    found = fastres.tune(network(), sample(1, 32), modes=("inference",), seconds=0.1)
+    assert any(k.shape[2:] == (1, 1) or k.shape[2:] == (2, 2) for k in found.entries)
+    for k, e in found.entries.items():
+        assert set(e.milliseconds) == {EAGER, "b"} and not e.rejected, (k, e)
+
+
 def test_a_candidate_that_raises_is_rejected(monkeypatch):
     from fastres import _cpu
 

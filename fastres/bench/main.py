@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastres.bench.machine import Machine
-from fastres.bench.options import Case, Options, UsageError
+from fastres.bench.options import Case, Options, UsageError, check_memory
 from fastres.bench.progress import Progress
 from fastres.bench.runner import WorkerError, WorkerProcess, take_turns, turn_iterations
 from fastres.bench.variants import EAGER, FASTRES, Variant, not_measured, variants_for
@@ -213,6 +213,8 @@ def run(options: Options, argv: list[str]) -> int:
     from fastres.bench.truth import make_fixture
 
     options = resolve_device(options)
+    forward = options.device == "cpu" or options.weights is None  # statistics settle on the CPU
+    check_memory(options.batch, options.size, forward)
     with (
         tempfile.TemporaryDirectory(prefix="fastres-bench-") as folder,
         Progress(units_of_work(options)) as progress,

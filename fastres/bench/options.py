@@ -24,6 +24,8 @@ MODELS = (
 )
 MODES = ("inference", "train")
 QUICK_SECONDS = 6.0  # of timing per dtype and mode with --quick
+MOST = 2**31 - 1  # of whole numbers: torch counts elements in 63 bits
+PIXELS = 1 << 50  # of a batch: 64 channels of a quarter of them still are such a number
 MIN_SIZE = 32  # a ResNet divides the side by 32
 ROOM = 1 << 20  # bytes free on a disk that results are to be written to: they take some 100 KB
 
@@ -101,8 +103,33 @@ def check_training_batch(batch: int, size: int) -> None:
         )
 
 
-def at_least(minimum: int) -> Any:
-    """An argparse type: whole numbers of at least `minimum`."""
+def check_pixels(batch: int, size: int) -> None:
+    """Refuses what torch cannot even name."""
+    if batch * size**2 > PIXELS:
+        raise UsageError(
+            f"argument --batch: {batch:,} images of {size:,} px: more pixels than torch can count"
+        )
+
+
+def check_memory(batch: int, size: int, forward: bool) -> None:
+    """Refuses a batch that this machine cannot hold, before minutes are spent on its images.
+
+    What is certainly there at once, fp32: the batch three times (crops, stacked, channels_last);
+    where its `forward` runs on the CPU, the batch, the first conv's output (64 channels of a
+    quarter of the pixels) and that output normalised."""
+    from fastres.memory import available
+
+    need = batch * size**2 * (4 * (3 + 2 * 64 // 4) if forward else 4 * 3 * 3)
+    free = available()
+    if free is not None and need > free:
+        raise UsageError(
+            f"argument --batch: {batch:,} images of {size} px need {need / 1e9:,.0f} GB of memory "
+            f"or more, {free / 1e9:,.0f} GB are available; a smaller --batch or --size fits"
+        )
+
+
+def at_least(minimum: int, most: int = MOST) -> Any:
+    """An argparse type: whole numbers from `minimum` to `most`."""
 
     def parse(text: str) -> int:
         try:
@@ -113,6 +140,8 @@ def at_least(minimum: int) -> Any:
             raise argparse.ArgumentTypeError(
                 f"'{text}' is not a whole number of at least {minimum}"
             )
+        if value > most:
+            raise argparse.ArgumentTypeError(f"'{text}' is more than {most:,}")
         return value
 
     return parse
@@ -193,7 +222,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--seed",
-        type=at_least(0),
+        type=at_least(0, 2**63 - 1),
         default=0,
         metavar="N",
         help="seed of weights, crops and labels (default 0)",
@@ -271,6 +300,7 @@ def options_from(args: argparse.Namespace) -> Options:
         raise UsageError("the following arguments are required: MODEL")
     model = check_model_name(args.model)
     check_training_batch(args.batch, args.size)  # statistics settle, gradients are checked
+    check_pixels(args.batch, args.size)
     images, weights = args.images, args.weights
     if images is not None:
         if not Path(images).is_dir():

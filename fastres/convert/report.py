@@ -140,7 +140,9 @@ def _rung(m: nn.Module) -> str:
             return ""
         missing = own_missing()
         text = "" if missing is None else f"; the convs are the vendor's: {missing}"
-        return "".join([text, *(f"; {text}" for text in _planned(m))])
+        planned = [f"; {text}" for text in _planned(m)]
+        rung, why = plan.HEURISTIC
+        return "".join([text, *planned, f"; {'otherwise ' if planned else ''}rung {rung} ({why})"])
     text = f'; fusion "{rung}"'
     p = next(m.parameters())
     choice = parse(rung)

@@ -137,13 +137,14 @@ def compare(
     fused_call: Call,
     x: Tensor,
     network: bool = False,
+    modes: tuple[bool, ...] = (True, False),
 ) -> Verification:
-    """Run both on x, in train and in eval mode, against the original in float64; none of the
-    arguments is changed."""
+    """Run both on x, in train (True) and in eval mode, against the original in float64; none of
+    the arguments is changed."""
     differences = []
     truth = copy.deepcopy(original).double()
     theirs, ours = copy.deepcopy(original), copy.deepcopy(fused)
-    for mode in (True, False):
+    for mode in modes:
         with torch.enable_grad():
             expected = _run(truth, original_call, x.double(), mode)
             got_theirs = _run(theirs, original_call, x, mode)
@@ -160,7 +161,12 @@ def compare(
 
 
 def compare_block(
-    original: nn.Module, original_call: Call, fused: nn.Module, fused_call: Call, x: Tensor
+    original: nn.Module,
+    original_call: Call,
+    fused: nn.Module,
+    fused_call: Call,
+    x: Tensor,
+    modes: tuple[bool, ...] = (True, False),
 ) -> Verification:
     """`compare` on up to ATTEMPTS samples near x; the first that passes counts, otherwise the
     last."""
@@ -170,7 +176,7 @@ def compare_block(
             noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
             spread = x.detach().double().std(correction=0).cpu()
             x = x + (0.05 * spread * noise).to(x)
-        result = compare(original, original_call, fused, fused_call, x)
+        result = compare(original, original_call, fused, fused_call, x, modes=modes)
         if result.ok:
             break
     return result
