@@ -201,10 +201,10 @@ def fprop_config(geo, x, y, shortcut: bool, stats: bool) -> ConvConfig:
     elif stats and arch.name == "sm_80" and geo.pointwise:
         if shortcut and size == 4 and not plain:
             arch = replace(arch, maxnreg=192)  # two, not three
-        elif not shortcut and x.dtype == torch.float16:
-            arch = replace(arch, maxnreg=144)  # three, not four; bf16 has room for four
-        elif not shortcut and x.dtype == torch.bfloat16 and geo.k <= 128 < geo.c:
+        elif not shortcut and size < 4 and geo.k <= 128 < geo.c:
             arch = replace(arch, maxnreg=168)  # a narrowing conv: it takes z, and has no prologue
+        elif not shortcut and x.dtype == torch.float16 and geo.c <= 64:
+            arch = replace(arch, maxnreg=144)  # three, not four; bf16 has room for four
     elif (
         arch.name == "sm_80" and size < 4 and geo.k > 32 and geo.groups == 1 and not geo.pointwise
     ) and ((geo.r * geo.s == 1 and geo.k <= 128) if stats else not wide(x, y)):
