@@ -13,7 +13,7 @@ namespace fastres {
 
 // torch's tensors and CPU functions as libtorch_cpu exports them for AOTInductor's programs: plain
 // C, kept stable from release to release (torch/csrc/inductor/aoti_torch/c/shim.h and shim_cpu.h).
-// Nonzero means an error, which torch has written to its log. Results are new references.
+// Nonzero means an error, which torch 2.11 also writes to its log. Results are new references.
 struct AtenTensorOpaque;
 using TensorHandle = AtenTensorOpaque*;
 

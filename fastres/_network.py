@@ -146,13 +146,22 @@ def _watch(owner: nn.Module) -> Watch:
             continue
         spec = m._fastres.spec
         fusions.append(m._fastres)
-        modules |= dict.fromkeys([m, *(child(m, path) for path, _ in spec.covered())])
-        tensors += [t for t in inference.sources_of(modules_of(m, spec))[0] if t is not None]
+        children = [_child_or_none(m, path) for path, _ in spec.covered()]
+        modules |= dict.fromkeys([m, *(c for c in children if c is not None)])
+        if [type(c) for c in children] == [kind for _, kind in spec.covered()]:
+            tensors += [t for t in inference.sources_of(modules_of(m, spec))[0] if t is not None]
     head = owner._modules.get("fc")
     if type(head) is nn.Linear:
         modules[head] = None
         tensors += [t for t in (head.weight, head.bias) if t is not None]
     return Watch(modules, fusions, [t for t in tensors if not t.is_inference()], _methods(modules))
+
+
+def _child_or_none(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return child(module, path)
+    except AttributeError:  # taken out since `convert`: module runs unfused
+        return None
 
 
 def _methods(modules: Iterable[nn.Module]) -> set[tuple[type, str]]:
@@ -190,13 +199,13 @@ class SequenceMixin(FusedMixin):
         if replaced(nn.Sequential, "forward") or watcher(x) is not None:
             return super().forward(x)  # type: ignore[misc]
         key = situation(x)
-        route = fusion.routes.find(key)
+        route = fusion.routes.find(key, self)
         if route is not None:
             z = route.run(x)
             assert z is not None  # only a stem refuses
             return z
         layer: Any = self
-        watch, trace = fusion.routes.prepare(key, lambda: _watch(layer)), Trace()
+        watch, trace = fusion.routes.prepare(key, layer, _watch), Trace()
         z, _, largest = _run_layer(layer, x, False, None, trace)
         folded = any(step.folded is not None for step in trace.steps)
         if watch is not None and trace.whole and folded:
@@ -212,7 +221,7 @@ class NetworkMixin(StemMixin):
         module: Any = self
         fusion = self._fastres
         key = situation(x)
-        watch, trace = fusion.routes.prepare(key, lambda: _watch(module)), Trace()
+        watch, trace = fusion.routes.prepare(key, module, _watch), Trace()
         z, largest = stem_forward(module, fusion, self.pool, x, whole=True)
         folded = key is not None and largest is not None
         stem = self._stem(x) if folded else None
@@ -235,7 +244,7 @@ class NetworkMixin(StemMixin):
 
     def routed(self, x: Tensor) -> Tensor | None:
         """The network's output, where this call has a route."""
-        route = self._fastres.routes.find(situation(x))
+        route = self._fastres.routes.find(situation(x), self)
         z = None if route is None else route.run(x)
         return None if route is None or z is None else self.last(z, route.head)
 

@@ -87,7 +87,7 @@ def fprop(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
     """conv(x, w), channels_last; weight (K, C, 1, 1) in x's dtype."""
     x = x[:, :, :: stride[0], :: stride[1]]
     n, _, h, w = x.shape
-    y = torch.empty((n, weight.shape[0], h, w), dtype=x.dtype, memory_format=_CL)
+    y = torch.empty((n, weight.shape[0], h, w), dtype=x.dtype, device=x.device, memory_format=_CL)
     torch.mm(_rows(x), _matrix(weight).t(), out=_rows(y))
     return y
 
@@ -95,10 +95,10 @@ def fprop(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:
 def dgrad(dy: Tensor, weight: Tensor, shape: Sequence[int], stride: tuple[int, int]) -> Tensor:
     """The gradient of conv(x, w) in x, of this shape, channels_last."""
     if tuple(stride) == (1, 1):
-        dx = torch.empty(tuple(shape), dtype=dy.dtype, memory_format=_CL)
+        dx = torch.empty(tuple(shape), dtype=dy.dtype, device=dy.device, memory_format=_CL)
         torch.mm(_rows(dy), _matrix(weight), out=_rows(dx))
         return dx
-    dx = torch.zeros(tuple(shape), dtype=dy.dtype).contiguous(memory_format=_CL)
+    dx = torch.zeros(tuple(shape), dtype=dy.dtype, device=dy.device).contiguous(memory_format=_CL)
     dx[:, :, :: stride[0], :: stride[1]] = dgrad(
         dy, weight, (dy.shape[0], weight.shape[1], *dy.shape[2:]), (1, 1)
     )

@@ -30,7 +30,9 @@ RETRY = 64
 
 
 class Watch:
-    """Modules, other objects with attributes, tensors and methods of classes, as they are now."""
+    """Modules, other objects with attributes, tensors and methods of classes, as they are now.
+
+    modules: first the one whose calls are decided on."""
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class Watch:
     ) -> None:
         modules, tensors = list(modules), list(tensors)
         objects = [*modules, *others]
+        self.owner = modules[0]
         dicts = [m.__dict__[name] for m in modules for name in _DICTS]
         aliases = [t.detach() for t in tensors]
         # what the C++ object borrows; values as they are now, in case their dict changes
@@ -70,13 +73,14 @@ class Routes(Uncopied):
     def __len__(self) -> int:
         return len(self._routes)
 
-    def find(self, key: tuple | None) -> Any | None:
-        """The route of a call, if there is one and nothing changed."""
+    def find(self, key: tuple | None, owner: Any) -> Any | None:
+        """The route of a call of owner, if there is one and nothing changed."""
         route = None if key is None else self._routes.get(key)
         if route is None:
             return None
         watch = self._watch
-        if watch is None or not watch.holds():
+        # a shallow copy of a module has the module's Routes, but may have other children
+        if watch is None or watch.owner is not owner or not watch.holds():
             self.clear()
             return None
         self._unused = 0
@@ -85,17 +89,17 @@ class Routes(Uncopied):
     def clear(self) -> None:
         self._watch, self._routes = None, OrderedDict()
 
-    def prepare(self, key: tuple | None, watch: Callable[[], Watch]) -> Watch | None:
-        """Before a call without a route: what `add` is to be given after it; None where no route
-        should be made of it."""
+    def prepare(self, key: tuple | None, owner: Any, watch: Callable[[Any], Watch]) -> Watch | None:
+        """Before a call of owner without a route: what `add` is to be given after it; None where no
+        route should be made of it."""
         if key is None:
             return None
         self._unused += 1
         if self._unused > WASTED and self._unused % RETRY:
             return None
         found = self._watch
-        if found is None or not found.holds():
-            found = watch()
+        if found is None or found.owner is not owner or not found.holds():
+            found = watch(owner)
             self._watch, self._routes = found, OrderedDict()
         return found
 

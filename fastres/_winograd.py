@@ -111,7 +111,7 @@ def matrix_unit() -> bool:
 def pack(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """G w G^T, fp32, for `conv` on activations of a dtype; weight (K, C, 3, 3), fp32."""
     k, c = weight.shape[:2]
-    u = torch.empty(-(-k // PANEL) * 36 * c * PANEL, dtype=torch.float32)
+    u = torch.empty(-(-k // PANEL) * 36 * c * PANEL, dtype=torch.float32, device=weight.device)
     _native.module().winograd_weights(
         u.data_ptr(), weight.data_ptr(), DTYPE[dtype], k, c, *weight.stride(), False
     )
@@ -145,7 +145,8 @@ def dgrad(dy: Tensor, weight: Tensor, padding: int) -> Tensor:
 def wgrad(dy: Tensor, x: Tensor, padding: int) -> Tensor:
     """The gradient of conv(x, w) in w, fp32, channels_last."""
     n, c, h, w = x.shape
-    dw = torch.empty((dy.shape[1], c, 3, 3), dtype=torch.float32, memory_format=_CL)
+    shape = (dy.shape[1], c, 3, 3)
+    dw = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=_CL)
     _native.module().winograd_wgrad(
         dw.data_ptr(), dy.data_ptr(), x.data_ptr(), DTYPE[x.dtype], n, h, w, c, dy.shape[1],
         padding, torch.get_num_threads(),
@@ -168,7 +169,7 @@ def _fprop(
     n, c, h, w = x.shape
     if out is None:
         shape = (n, k, h + 2 * padding - 2, w + 2 * padding - 2)
-        out = torch.empty(shape, dtype=x.dtype, memory_format=_CL)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_CL)
     strides = [0] * 4 if weight is None else list(weight.stride())
     if turned:  # the roles of the channels change
         strides[0], strides[1] = strides[1], strides[0]

@@ -448,7 +448,7 @@ def max_pool(x: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
     """maxpool(x) of x >= 0, channels_last."""
     n, c, *size = x.shape
     out = [(s + 2 * padding - kernel) // stride + 1 for s in size]
-    z = torch.empty((n, c, *out), dtype=x.dtype, memory_format=torch.channels_last)
+    z = torch.empty((n, c, *out), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     _native.module().max_pool(
         z.data_ptr(), x.data_ptr(), kernel, stride, padding, DTYPE[x.dtype], n, c, *size, *out
     )
@@ -459,10 +459,10 @@ def conv(x: Tensor, p: Packed, relu: bool) -> Tensor:
     """act(conv(x, w') + b')"""
     if p.channels is not None:
         return _winograd.conv(x, p.weight, p.channels, p.padding[0], p.bias, relu=relu)
-    return torch.ops.mkldnn._convolution_pointwise.default(
+    return _channels_last(torch.ops.mkldnn._convolution_pointwise.default(
         x, p.weight, p.bias, p.padding, p.stride, p.dilation, p.groups,
         "relu" if relu else "none", [], "",
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def conv_add_relu(x: Tensor, p: Packed, residual: Tensor, inplace: bool) -> Tensor:
@@ -475,7 +475,12 @@ def conv_add_relu(x: Tensor, p: Packed, residual: Tensor, inplace: bool) -> Tens
             residual, x, p.weight, p.add_bias, p.padding, p.stride, p.dilation, p.groups,
             "add", 1.0, "relu", [], "",
         )  # fmt: skip
-    return torch.ops.mkldnn._convolution_pointwise.binary(
+    return _channels_last(torch.ops.mkldnn._convolution_pointwise.binary(
         x, residual, p.weight, p.add_bias, p.padding, p.stride, p.dilation, p.groups,
         "add", 1.0, "relu", [], "",
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def _channels_last(z: Tensor) -> Tensor:
+    """Of one channel, torch takes an input and an unpacked weight for NCHW, and answers in it."""
+    return z if is_nhwc(z) else z.contiguous(memory_format=torch.channels_last)

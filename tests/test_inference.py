@@ -151,6 +151,27 @@ def test_shapes_may_change_between_calls() -> None:
             torch.testing.assert_close(fused(x), plain(x), rtol=1e-3, atol=1e-4)
 
 
+def test_images_of_one_channel_in_more_shapes_than_are_packed() -> None:
+    """torch takes them, and an unpacked weight, for NCHW."""
+    plain = small().eval()
+    plain.conv1 = torch.nn.Conv2d(1, plain.conv1.out_channels, 7, 2, 3, bias=False)
+    fused = fastres.convert(copy.deepcopy(plain)).eval()
+    with torch.no_grad():
+        for size in range(32, 32 + inference.PACKS_KEPT + 2):
+            x = batch(1, size)[:, :1].contiguous()
+            torch.testing.assert_close(fused(x), plain(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_default_device_is_not_where_cpu_inference_runs() -> None:
+    plain, fused = pair()
+    x = batch()
+    with torch.no_grad():
+        expected = plain(x)
+        with torch.device("meta"):
+            for _ in range(2):
+                torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_many_shapes_are_folded_once_and_packed_within_bounds(monkeypatch) -> None:
     plain, fused = pair()
     folds = []

@@ -82,7 +82,7 @@ def test_a_route_gives_what_block_by_block_gives(name: str, dtype, monkeypatch) 
         truth = copy.deepcopy(plain).double()(other.double())
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             theirs, by_block = plain(other), fused(other)
-            monkeypatch.setattr(Routes, "find", lambda self, key: None)
+            monkeypatch.setattr(Routes, "find", lambda self, key, owner: None)
             fastres.invalidate(fused)
             again = fused(other)
             monkeypatch.undo()
@@ -149,6 +149,7 @@ MORE = {
     "the last layer by another": lambda m: setattr(
         m, "fc", nn.Sequential(nn.Flatten(), m.fc, nn.Tanh())
     ),
+    "a batch norm taken out": lambda m: setattr(m.layer1[0], "bn1", nn.Identity()),
     "another pool": lambda m: setattr(m.maxpool, "kernel_size", 2),
     "another average": lambda m: setattr(m, "avgpool", nn.AdaptiveMaxPool2d(1)),
     "the forward of a class": None,
@@ -291,13 +292,13 @@ def test_a_call_that_was_overtaken_leaves_no_route() -> None:
 
     fused.layer1[0].conv1.weight.detach().div_(3)
     watch, other = fused._fastres.routes, Routes()
-    first = other.prepare((1,), lambda: _network._watch(fused))
+    first = other.prepare((1,), fused, _network._watch)
     fused.fc.weight.detach().add_(1)
-    second = other.prepare((2,), lambda: _network._watch(fused))
+    second = other.prepare((2,), fused, _network._watch)
     other.add((1,), "stale", first)
     assert len(other) == 0 and second is not first and watch is not other
     other.add((2,), "fresh", second)
-    assert other.find((2,)) == "fresh"
+    assert other.find((2,), fused) == "fresh"
 
 
 def test_children_that_pass_on_something_else() -> None:
@@ -377,6 +378,22 @@ def test_routes_are_few_and_not_copied() -> None:
         fastres.invalidate(fused.layer1[0])
         fresh = copy.deepcopy(fused)(batch())
         torch.testing.assert_close(fused(batch()), fresh, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shallow_copy_does_not_run_by_the_originals_routes() -> None:
+    models = pair()
+    x = batch()
+    with torch.no_grad():
+        before = [m(x) for m in models]
+        copies = [copy.copy(m) for m in models]
+        for c in copies:
+            c._modules = c._modules.copy()
+            torch.manual_seed(9)
+            c.fc = nn.Linear(c.fc.in_features, 10)
+        for _ in range(2):
+            plain, fused = (c(x) for c in copies)
+            torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(models[1](x), before[0], rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_that_changes_in_every_call_makes_few_routes(monkeypatch) -> None:
