@@ -485,3 +485,19 @@ def test_convert_is_quick() -> None:
     start = time.perf_counter()
     fastres.convert(model)
     assert time.perf_counter() - start < 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
+def test_an_empty_batch_gives_what_eager_gives(dtype: torch.dtype, grad: bool) -> None:
+    plain = small().eval()
+    fused = fastres.convert(copy.deepcopy(plain))
+    counters.reset()
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        for x in (batch(0), batch(2), batch(0)):
+            ours, theirs = fused(x), plain(x)
+            assert ours.shape == theirs.shape == (len(x), 10) and ours.dtype == theirs.dtype
+    assert any("the batch is empty" in event for event in counters.events())
+    explicit = fastres.convert(copy.deepcopy(plain), fusion="b")
+    with pytest.raises(fastres.BackendError, match="the batch is empty"):
+        explicit(batch(0))
