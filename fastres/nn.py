@@ -93,7 +93,7 @@ class FusedMixin:
                     return f"{original.__name__}.{name} was replaced"
         reason = watcher(x) or spec_obstacle(self, self._fastres.spec)  # type: ignore[arg-type]
         if reason is None and not torch.compiler.is_compiling() and x.numel() == 0:
-            return "the batch is empty"  # as of a detector without proposals: torch knows what to do
+            return "the batch is empty"  # a detector without proposals
         return unproven(x, *self.families) if reason is None else reason
 
     def _leave(self, reason: str, x: Tensor) -> None:
