@@ -471,11 +471,16 @@ def test_wgrad_of_the_other_prologues(triton, layer, dtype, mode, masked, norm):
     _wgrad_case(triton, layer, dtype, mode, masked, norm)
 
 
-@layers(("5x5", "3x3 d2", "3x3 s3 d2", "1x3", "3x3", *GROUPED))
+@layers(("5x5", "3x3 d2", "3x3 s3 d2", "1x3", "3x3", "3x3 g4", "3x3 s2 g2", "1x1 g3"))
 def test_wgrad_of_other_shapes(triton, layer, dtype):
     random, x, w, g, bn = gradient_case(layer, dtype, "bn", False)
     norm = random.norm(layer.c)
     check(triton, dtype, {"dw": tuple(w.shape)}, _wgrad, g, x, layer.geometry, bn, norm)
+
+
+@layers(("3x3 wide g2", "depthwise"), ("bf16", "fp16"))  # the interpreter takes 8 s each in fp32
+def test_wgrad_of_groups_in_half_precision(triton, layer, dtype):
+    test_wgrad_of_other_shapes(triton, layer, dtype)
 
 
 @pytest.mark.parametrize("contiguous", [False, True])

@@ -172,6 +172,8 @@ def test_dgrad(triton, layer, dtype, form):
 @pytest.mark.parametrize("dy_prologue", ["none", "dbn", "mask_dbn"])
 @layers(*LAYERS, *IMAGES)
 def test_wgrad(triton, layer, dtype, dy_prologue, x_prologue):
+    if layer in IMAGES.values() and x_prologue != "none":
+        pytest.skip("thinned: no batch norm stands before the conv on images")
     form = (dy_prologue, "gate_sums", False)
     random, x, w, g, bn, *_ = backward(layer, dtype, form)
     norm = None if x_prologue == "none" else random.norm(layer.c)
