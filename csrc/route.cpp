@@ -1,8 +1,6 @@
 #include "route.h"
 
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 
 #include "cpu/runtime.h"

@@ -121,8 +121,8 @@ def _handles(*tensors: Tensor | None) -> list[Any]:
 
 
 def _packed(p: inference.Packed) -> tuple:
-    pairs = [tuple(v) if len(v) == 2 else (v[0], v[0]) for v in (p.padding, p.stride, p.dilation)]
-    return (*_handles(p.weight, p.bias, p.add_bias), *pairs, p.groups, p.channels or 0)
+    geometry = p.padding, p.stride, p.dilation, p.groups
+    return (*_handles(p.weight, p.bias, p.add_bias), *geometry, p.channels or 0)
 
 
 class Native(NamedTuple):

@@ -68,14 +68,14 @@ def test_the_same_bits_as_from_python(name: str, dtype) -> None:
 
 
 @pytest.mark.parametrize("where", range(5))
-def test_it_stops_at_the_block_that_does_not_take_its_input(where: int, monkeypatch) -> None:
+def test_it_stops_at_the_block_that_does_not_take_its_input(where: int) -> None:
     """0: the stem; n: the n-th block."""
     fused, x, (route,) = routed("basic")
     (native,) = route._parts
-    parts = [_route._packed(route.stem.folded.packs[0])]
+    stem = _route._packed(route.stem.folded.packs[0])
     cpp = _native.module().Route(0)
     tight = (0.0, 1.0, 0.5)  # |z| <= 1, of |x| <= 0.5
-    cpp.add_stem(parts[0], (0.0, 1.0, -1.0 if where == 0 else 1e30), *route.stem.window)
+    cpp.add_stem(stem, (0.0, 1.0, -1.0 if where == 0 else 1e30), *route.stem.window)
     for i, step in enumerate(route.steps):
         packs = [_route._packed(p) for p in step.folded.packs]
         projected = step.block._fastres.spec.shortcut is not None
@@ -86,7 +86,7 @@ def test_it_stops_at_the_block_that_does_not_take_its_input(where: int, monkeypa
         assert done == where
         ends = [x, *_by_python(route, x)]
         assert torch.equal(z, ends[where])
-        assert largest == (1.0 if where == 0 else z.abs().max().item()) or where == 0
+        assert largest == z.abs().max().item()  # measured, as no bound did
         # and the model's own answer is what the blocks by themselves give from there
         route._parts = [native._replace(route=cpp)]
         expected = fused(batch(3, 64))
@@ -179,8 +179,6 @@ def test_references_are_taken_and_given_back() -> None:
         del native
         route._parts = []
         assert [w._use_count() for w in weights] == [n - 1 for n in before[1]]
-        del route
-        fastres.invalidate(fused)
 
 
 def test_the_input_is_not_written_to() -> None:
@@ -197,10 +195,9 @@ def test_the_input_is_not_written_to() -> None:
 
 
 def test_a_mixed_network_has_parts_of_both_kinds() -> None:
-    fused, _, routes = routed("own")
+    *_, routes = routed("own")
     parts = [part for route in routes for part in route._parts]
     assert {type(p) for p in parts} == {Native, Step}
-    del fused
 
 
 def test_threads_run_one_route_at_a_time_each() -> None:
@@ -240,7 +237,7 @@ def test_the_extension_refuses_what_makes_no_route() -> None:
 
 def test_the_bounds_of_routes_and_blocks_agree() -> None:
     """C++ carries the bound from block to block as Python does."""
-    plain, fused = pair()
+    _, fused = pair()
     x = batch(2, 64)
     with torch.inference_mode():
         fused(x)
@@ -252,4 +249,3 @@ def test_the_bounds_of_routes_and_blocks_agree() -> None:
             z, largest = _route.run_folded(step.block, step.folded, z, True, largest)
     assert parts == 1 + len(route.steps)
     assert ours == largest >= z.abs().max().item()
-    del plain
