@@ -59,7 +59,9 @@ def _rows() -> list[tuple[str, str, str, str, str, str]]:
     rows = []
     for op, file in OPS.items():
         if file == CONV:
-            rows.append((op, "cpu", "-", "-", "oneDNN, and Winograd for 3x3: rung b", file))
+            rows.append(
+                (op, "cpu", "-", "-", "oneDNN, Winograd for 3x3, own wgrad in bf16: rung b", file)
+            )
             rows.append((op, "triton", TRITON, "fp32 (TF32), bf16, fp16",
                          "NHWC; `conv_why_not` tells the rest", file))  # fmt: skip
             rows.append((HALVES + " (1x1, stride 1)", "cuda", "sm_90a, by hand", "bf16, fp16",

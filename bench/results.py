@@ -25,6 +25,7 @@ TABLES = {
     "fastres-plan-overhead": "fusion.md",
     "fastres-pointwise": "numerics.md",
     "fastres-small-blocks": "fusion.md",
+    "fastres-wgrad": "numerics.md",
     "fastres-winograd": "numerics.md",
 }
 VENDORS = ("vendor", "passes")  # of the run-book's kernels

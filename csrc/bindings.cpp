@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -154,6 +155,28 @@ I64 winograd_wgrad_jobs(I64 n, I64 h, I64 w, I64 c, I64 k, I64 padding, I64 thre
                                         h + 2 * padding - 2, w + 2 * padding - 2, threads});
 }
 
+bool conv_wgrad_runs() { return kernels().conv_wgrad_runs(); }
+
+using Pair = std::array<I64, 2>;  // h, w
+
+void conv_wgrad(Ptr dw, Ptr dy, Ptr x, I64 n, I64 h, I64 w, I64 c, I64 k, Pair out, Pair taps,
+                Pair stride, Pair padding, Pair dilation) {
+  kernels().conv_wgrad({f32(dw),
+                        any(dy),
+                        any(x),
+                        n,
+                        h,
+                        w,
+                        c,
+                        k,
+                        out[0],
+                        out[1],
+                        {taps[0], taps[1]},
+                        {stride[0], stride[1]},
+                        {padding[0], padding[1]},
+                        {dilation[0], dilation[1]}});
+}
+
 // The yardstick of the benchmark suites (bench/): memcpy on the same threads, in chunks of 256 KiB.
 void copy(Ptr dst, Ptr src, I64 bytes) {
   constexpr I64 kChunk = 256 << 10;
@@ -265,6 +288,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd_fprop", &winograd_fprop, NoGil());
   m.def("winograd_wgrad", &winograd_wgrad, NoGil());
   m.def("winograd_wgrad_jobs", &winograd_wgrad_jobs);
+  m.def("conv_wgrad_runs", &conv_wgrad_runs);
+  m.def("conv_wgrad", &conv_wgrad, NoGil());
   m.def("update_running_stats", &update_running_stats);
   m.def("copy", &copy, NoGil(), "Parallel memcpy(dst, src, bytes): the bandwidth yardstick.");
 

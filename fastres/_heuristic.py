@@ -5,8 +5,8 @@ Rung b spares passes over the outputs of the convs, and its autograd node costs 
 0.25 ms a training step and block more than the original's, most of it the interpreter's. On 2 cores
 that is what sparing passes over 0.7 million outputs brings, in bf16 and in fp32
 (bench/results/cpu-small-blocks.json, by `python -m bench.small_blocks`). Convs that run by
-Winograd's algorithm, and 1x1 convs of many weights that run as matrix products, gain more than
-either."""
+Winograd's algorithm, 1x1 convs of many weights that run as matrix products, and weight gradients
+of many weights on our own kernel (fastres/_wgrad.py) gain more than either."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import os
 
 import torch
 
-from . import _pointwise, _winograd, plan
+from . import _pointwise, _wgrad, _winograd, plan
 
 
 def _small() -> int:
@@ -27,7 +27,7 @@ def _small() -> int:
 
 
 SMALL = _small()  # values that the convs of a block put out
-LARGE_WEIGHT = 1 << 18  # of a 1x1 conv, where a matrix product spares milliseconds
+LARGE_WEIGHT = 1 << 18  # of a conv, where a matrix product or our wgrad spares milliseconds
 WHY = "heuristic: {:.2f} million conv outputs; fusing saves less than its host time below {:.2f}"
 
 Shape = tuple[int, ...]
@@ -50,6 +50,11 @@ def of_block(
             where.why_not(what, shape, dtype, k, geometry, (r, s)) is None
             for where in faster
             for what in ("fprop", "dgrad", "wgrad")
+        ):
+            return plan.HEURISTIC
+        if (
+            shape[1] * k * r * s >= LARGE_WEIGHT
+            and _wgrad.why_not(shape, dtype, k, geometry, (r, s)) is None
         ):
             return plan.HEURISTIC
         sh, sw, ph, pw, dh, dw, _ = geometry

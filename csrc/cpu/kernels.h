@@ -44,6 +44,14 @@ struct WinogradWgrad {
   int64_t n, h, w, c, k, padding, oh, ow, threads;
 };
 
+// Any convolution of one group in NHWC, of n, h, w, c, k >= 1 and at least one output; bf16.
+struct ConvWgrad {
+  float* dw;  // (K, taps, C)
+  const void *dy, *x;
+  int64_t n, h, w, c, k, oh, ow;
+  int64_t taps[2], stride[2], padding[2], dilation[2];  // h, w
+};
+
 // Every variant fills one table; runtime.cpp picks the table once.
 #define FASTRES_DECLARE_KERNELS                              \
   void bn_stats(const BnStats&);                             \
@@ -60,7 +68,9 @@ struct WinogradWgrad {
   void winograd_weights(float* u, const WinogradWeights&);   \
   void winograd_fprop(const WinogradFprop&);                 \
   void winograd_wgrad(const WinogradWgrad&);                 \
-  int64_t winograd_wgrad_jobs(const WinogradWgrad&);
+  int64_t winograd_wgrad_jobs(const WinogradWgrad&);         \
+  bool conv_wgrad_runs();                                    \
+  void conv_wgrad(const ConvWgrad&);
 
 namespace portable {
 FASTRES_DECLARE_KERNELS
@@ -89,6 +99,8 @@ struct Kernels {
   void (*winograd_fprop)(const WinogradFprop&);
   void (*winograd_wgrad)(const WinogradWgrad&);
   int64_t (*winograd_wgrad_jobs)(const WinogradWgrad&);
+  bool (*conv_wgrad_runs)();  // whether conv_wgrad may be called
+  void (*conv_wgrad)(const ConvWgrad&);
 };
 
 }  // namespace fastres

@@ -38,12 +38,13 @@ class ScratchBuffer {
   size_t size_ = 0;
 };
 
-#define FASTRES_TABLE(ISA)                                                                    \
-  Kernels {                                                                                   \
-    #ISA, ISA::bn_stats, ISA::bn_apply, ISA::bn_bwd_reduce, ISA::bn_bwd_apply, ISA::add_relu, \
-        ISA::relu_bwd, ISA::bn_relu_maxpool, ISA::bn_relu_maxpool_bwd_reduce,                 \
-        ISA::bn_relu_maxpool_bwd_apply, ISA::max_pool, ISA::abs_max, ISA::winograd_weights,   \
-        ISA::winograd_fprop, ISA::winograd_wgrad, ISA::winograd_wgrad_jobs                    \
+#define FASTRES_TABLE(ISA)                                                                        \
+  Kernels {                                                                                       \
+    #ISA, ISA::bn_stats, ISA::bn_apply, ISA::bn_bwd_reduce, ISA::bn_bwd_apply, ISA::add_relu,     \
+        ISA::relu_bwd, ISA::bn_relu_maxpool, ISA::bn_relu_maxpool_bwd_reduce,                     \
+        ISA::bn_relu_maxpool_bwd_apply, ISA::max_pool, ISA::abs_max, ISA::winograd_weights,       \
+        ISA::winograd_fprop, ISA::winograd_wgrad, ISA::winograd_wgrad_jobs, ISA::conv_wgrad_runs, \
+        ISA::conv_wgrad                                                                           \
   }
 
 // Worst first. A variant that was not built is not in the list.
@@ -119,6 +120,16 @@ bool has_parallel_for() { return g_parallel_for.load(std::memory_order_relaxed) 
 void* scratch(int slot, size_t bytes) {
   thread_local ScratchBuffer buffers[2];
   return buffers[slot].reserve(bytes);
+}
+
+bool has_bf16_dot() {
+#if defined(__x86_64__) || defined(__i386__)
+  // Leaf 7.1, eax bit 5; the registers are those of avx512f, which the caller runs already.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && ((eax >> 5) & 1) != 0;
+#else
+  return false;
+#endif
 }
 
 const Kernels& kernels() {

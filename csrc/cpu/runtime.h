@@ -25,6 +25,9 @@ bool has_parallel_for();
 // to the body of a parallel region: the entering thread is also a worker, so they must differ.
 void* scratch(int slot, size_t bytes);
 
+// Whether this CPU has AVX512_BF16, which no variant is built for as a whole.
+bool has_bf16_dot();
+
 // The kernels of the best ISA this CPU runs, or of the one FASTRES_CPU_ISA names.
 const Kernels& kernels();
 // Space-separated names of the variants in this build that this CPU runs, worst first.

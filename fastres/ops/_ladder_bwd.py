@@ -48,10 +48,11 @@ class Incoming(NamedTuple):
 class Backward:
     """One backward pass; dws, dgammas and dbetas fill up as it goes."""
 
-    def __init__(self, like, weights, gammas, betas, ys, stats, stage, need_dw):
+    def __init__(self, like, weights, gammas, betas, ys, stats, stage, need_dw, as_summed):
         self.backend = backends.select(like)
         self.rung = parse(stage.fusion).rung
         self.weights, self.ys, self.stage, self.need_dw = weights, ys, stage, need_dw
+        self.as_summed = as_summed
         self.norms = [
             Norm(st, vector(g, like), vector(b, like))
             for st, g, b in zip(stats, gammas, betas, strict=True)
@@ -137,7 +138,9 @@ class Backward:
                 h, _ = normalise(source.y, source.norm, relu=True)
             asked = need_dx and not our_dx, need_dw and not our_dw
             batch = self.stage.training[i]
-            dx, vendor_dw = conv_bwd(g.dz, h, self.weights[i], geometry, *asked, batch)
+            dx, vendor_dw = conv_bwd(
+                g.dz, h, self.weights[i], geometry, *asked, batch, self.as_summed
+            )
             if vendor_dw is not None:
                 self.dws[i] = vendor_dw
             if dx is not None:
@@ -286,9 +289,10 @@ def backward(
     consume: bool = False,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:  # fmt: skip
     """(dx, dweights, dgammas, dbetas); an empty tensor where a gradient is not needed. consume:
-    drop zs, masks and ys from their lists block by block, as soon as they were used."""
+    drop zs, masks and ys from their lists block by block, as soon as they were used, and leave
+    dweights as they were summed (`backward_of`)."""
     x = dense(x, "residual_block backward")
-    run = Backward(x, weights, gammas, betas, ys, stats, stage, need_dw)
+    run = Backward(x, weights, gammas, betas, ys, stats, stage, need_dw, consume)
     firsts = stage.first_units()
     last = firsts[-1] + stage.main[-1] - 1
     dz = in_format(dz, is_nhwc(ys[last]), "residual_block backward")

@@ -94,12 +94,12 @@ class Program:
     def conv_backward(
         self, i: int, dy: Tensor, h: Tensor, weight: Tensor, need_dx: bool, need_dw: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(dx, dw) of conv i on h."""
+        """(dx, dw) of conv i on h; dw as it was summed."""
         key = i, dy.stride(), h.stride(), weight.dtype, need_dx, need_dw
         run = self.backwards.get(key)
         if run is None:
             run = self.backwards[key] = backward_of(
-                dy, h, weight, self.geometry[i], need_dx, need_dw, True
+                dy, h, weight, self.geometry[i], need_dx, need_dw, True, True
             )
         return run(dy, h, weight)
 

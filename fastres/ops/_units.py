@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres import _pointwise, _winograd, backends, counters
+from fastres import _pointwise, _wgrad, _winograd, backends, counters
 from fastres._layout import is_dense, is_nhwc, mask_shape
 
 GEOMETRY = 7  # ints of one conv: stride, padding, dilation (h, w each), groups
@@ -144,9 +144,10 @@ def backward_of(
     need_dx: bool,
     need_dw: bool,
     batch_statistics: bool = False,
+    as_summed: bool = False,
 ) -> Backward:
-    """run(dy, x, weight) -> (dx, dw), dw in the weight's dtype, on tensors of these sizes and
-    strides. batch_statistics: as in `fprop_of`."""
+    """run(dy, x, weight) -> (dx, dw), dw in the weight's dtype, or, as_summed, in fp32 where our
+    kernels sum it; on tensors of these sizes and strides. batch_statistics: as in `fprop_of`."""
     sh, sw, ph, pw, dh, dw, groups = geometry
     stride = sh, sw
     dgrad: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -162,6 +163,9 @@ def backward_of(
             pass
         elif _winograd_runs("wgrad", x, weight, geometry, batch_statistics):
             wgrad = lambda dy, x: _winograd.wgrad(dy, x, ph)  # noqa: E731
+        elif _wgrad.runs(x, weight, geometry):
+            taps = weight.shape[2:]
+            wgrad = lambda dy, x: _wgrad.wgrad(dy, x, taps, geometry)  # noqa: E731
         elif _pointwise.runs("wgrad", x, weight, geometry):
             wgrad = lambda dy, x: _pointwise.wgrad(dy, x, stride)  # noqa: E731
     vendor = [need_dx and dgrad is None, need_dw and wgrad is None, False]
@@ -174,7 +178,7 @@ def backward_of(
             vendor_x, vendor_w, _ = _convolution_backward(dy, x, cast(weight, x), *where)
             grad_x = vendor_x if vendor[0] else grad_x
             grad_w = vendor_w if vendor[1] else grad_w
-        if grad_w is not None and grad_w.dtype != weight.dtype:
+        if grad_w is not None and not as_summed and grad_w.dtype != weight.dtype:
             grad_w = grad_w.to(weight.dtype)
         return grad_x, grad_w
 
@@ -218,9 +222,10 @@ def conv_bwd(
     need_dx: bool,
     need_dw: bool,
     batch_statistics: bool = False,
+    as_summed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dw), dw in the weight's dtype. batch_statistics: as in `fprop_of`."""
-    run = backward_of(dy, x, weight, geometry, need_dx, need_dw, batch_statistics)
+    """(dx, dw) as `backward_of` says."""
+    run = backward_of(dy, x, weight, geometry, need_dx, need_dw, batch_statistics, as_summed)
     return run(dy, x, weight)
 
 
