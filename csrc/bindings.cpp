@@ -159,22 +159,33 @@ bool conv_wgrad_runs() { return kernels().conv_wgrad_runs(); }
 
 using Pair = std::array<I64, 2>;  // h, w
 
+ConvWgrad wgrad_of(Ptr dw, Ptr dy, Ptr x, I64 n, I64 h, I64 w, I64 c, I64 k, Pair out, Pair taps,
+                   Pair stride, Pair padding, Pair dilation) {
+  return {f32(dw),
+          any(dy),
+          any(x),
+          n,
+          h,
+          w,
+          c,
+          k,
+          out[0],
+          out[1],
+          {taps[0], taps[1]},
+          {stride[0], stride[1]},
+          {padding[0], padding[1]},
+          {dilation[0], dilation[1]}};
+}
+
+I64 conv_wgrad_jobs(I64 n, I64 h, I64 w, I64 c, I64 k, Pair out, Pair taps, Pair stride,
+                    Pair padding, Pair dilation) {
+  return kernels().conv_wgrad_jobs(
+      wgrad_of(0, 0, 0, n, h, w, c, k, out, taps, stride, padding, dilation));
+}
+
 void conv_wgrad(Ptr dw, Ptr dy, Ptr x, I64 n, I64 h, I64 w, I64 c, I64 k, Pair out, Pair taps,
                 Pair stride, Pair padding, Pair dilation) {
-  kernels().conv_wgrad({f32(dw),
-                        any(dy),
-                        any(x),
-                        n,
-                        h,
-                        w,
-                        c,
-                        k,
-                        out[0],
-                        out[1],
-                        {taps[0], taps[1]},
-                        {stride[0], stride[1]},
-                        {padding[0], padding[1]},
-                        {dilation[0], dilation[1]}});
+  kernels().conv_wgrad(wgrad_of(dw, dy, x, n, h, w, c, k, out, taps, stride, padding, dilation));
 }
 
 // The yardstick of the benchmark suites (bench/): memcpy on the same threads, in chunks of 256 KiB.
@@ -289,6 +300,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("winograd_wgrad", &winograd_wgrad, NoGil());
   m.def("winograd_wgrad_jobs", &winograd_wgrad_jobs);
   m.def("conv_wgrad_runs", &conv_wgrad_runs);
+  m.def("conv_wgrad_jobs", &conv_wgrad_jobs);
   m.def("conv_wgrad", &conv_wgrad, NoGil());
   m.def("update_running_stats", &update_running_stats);
   m.def("copy", &copy, NoGil(), "Parallel memcpy(dst, src, bytes): the bandwidth yardstick.");

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _heuristic, _winograd, backends, inference, plan, selfcheck
+from ._layout import is_nhwc
 from ._members import Uncopied
 from ._spec import Spec, child
 from ._watch import Routes
@@ -143,7 +144,7 @@ def _unmeasured(module: Any, x: Tensor, training: bool) -> tuple[str, str]:
         for _, shape, conv in conv_calls(module, x)
     )
     dtype, winograd = autocast_dtype(x) or x.dtype, _winograd.switched_off() is None
-    return _heuristic.of_block(calls, dtype, winograd, _heuristic.SMALL)
+    return _heuristic.of_block(calls, dtype, is_nhwc(x), winograd, _heuristic.SMALL)
 
 
 def unit_of(module: nn.Module, pair: tuple[str, str]) -> Unit:

@@ -37,23 +37,24 @@ ConvCall = tuple[Shape, int, Shape, tuple[int, ...]]
 
 @functools.lru_cache(1024)
 def of_block(
-    convs: tuple[ConvCall, ...], dtype: torch.dtype, winograd: bool, small: int
+    convs: tuple[ConvCall, ...], dtype: torch.dtype, nhwc: bool, winograd: bool, small: int
 ) -> tuple[str, str]:
-    """(choice, why) for training a block of these convs on a CPU. winograd: whether it is switched
-    on; small: outputs, usually SMALL."""
+    """(choice, why) for training a block of these convs on a CPU. nhwc: the layout that all of the
+    faster kernels need; winograd: whether it is switched on; small: outputs, usually SMALL."""
     total = 0
     for shape, k, (r, s), geometry in convs:
         faster = [_winograd] if winograd else []
         if shape[1] * k >= LARGE_WEIGHT:
             faster.append(_pointwise)
-        if any(
+        if nhwc and any(
             where.why_not(what, shape, dtype, k, geometry, (r, s)) is None
             for where in faster
             for what in ("fprop", "dgrad", "wgrad")
         ):
             return plan.HEURISTIC
         if (
-            shape[1] * k * r * s >= LARGE_WEIGHT
+            nhwc
+            and shape[1] * k * r * s >= LARGE_WEIGHT
             and _wgrad.why_not(shape, dtype, k, geometry, (r, s)) is None
         ):
             return plan.HEURISTIC

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 _POOL_SYMBOL = "torch_parallel_for"
-_NEWEST = "Route"  # of csrc/bindings.cpp's functions: what older builds do not have
+_NEWEST = "conv_wgrad_jobs"  # of csrc/bindings.cpp's functions: what older builds do not have
 
 
 @functools.cache

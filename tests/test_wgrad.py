@@ -7,9 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastres
 from fastres import _heuristic, _native, _wgrad, plan
+from fastres.ops import _units
 
 torchvision = pytest.importorskip("torchvision")
 CL = torch.channels_last
@@ -117,8 +119,7 @@ def test_a_value_that_is_not_finite_stays_with_its_channels():
     ],
 )
 def test_who_takes_it(monkeypatch, change, reason):
-    if not RUNS:
-        monkeypatch.setattr(_wgrad, "unable", lambda: None)
+    monkeypatch.setattr(_wgrad, "unable", lambda: None)
     call = {
         "shape": (4, 256, 14, 14), "dtype": torch.bfloat16, "k": 256, "geometry": PLAIN,
         "taps": (3, 3), **change,
@@ -129,14 +130,35 @@ def test_who_takes_it(monkeypatch, change, reason):
     assert _wgrad.why_not(**call) is not None
 
 
+@pytest.mark.skipif(_native.why_missing() is not None, reason="no C++ kernels")
+@pytest.mark.parametrize(
+    ("shape", "k", "threads", "reason"),
+    [
+        # 1.2 MB of sums: 4 parts
+        ((64, 128, 56, 56), 256, 8, None),
+        ((64, 128, 56, 56), 256, 9, "4 jobs for 9 threads"),
+        # one chunk: 4 x 11 tiles of the weight under 9 taps
+        ((4, 128, 7, 7), 128, 64, None),
+        ((64, 128, 56, 56), 256, 2, None),
+    ],
+)
+def test_what_too_few_threads_can_share_is_left(monkeypatch, shape, k, threads, reason):
+    if not RUNS:
+        pytest.skip("no AVX512_BF16")
+    monkeypatch.setattr(_wgrad, "unable", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert _wgrad.why_not(shape, torch.bfloat16, k, PLAIN, (3, 3)) == reason
+
+
 def test_a_block_of_many_weights_is_fused_for_it(monkeypatch):
     """ResNet-18's last stage on 8 images has too few outputs for fusion to pay by itself."""
     calls = (((8, 512, 7, 7), 512, (3, 3), PLAIN),) * 2
     monkeypatch.setattr(_wgrad, "unable", lambda: None)
     ask = _heuristic.of_block.__wrapped__
-    assert ask(calls, torch.bfloat16, True, 700_000) == plan.HEURISTIC
+    assert ask(calls, torch.bfloat16, True, True, 700_000) == plan.HEURISTIC
+    assert ask(calls, torch.bfloat16, False, True, 700_000)[0] == plan.EAGER  # NCHW
     monkeypatch.setattr(_wgrad, "unable", lambda: "no such CPU")
-    assert ask(calls, torch.bfloat16, True, 700_000)[0] == plan.EAGER
+    assert ask(calls, torch.bfloat16, True, True, 700_000)[0] == plan.EAGER
 
 
 @needs_kernel
@@ -145,6 +167,7 @@ def test_a_block_trains_on_it(monkeypatch, weights):
     """Under autocast dw reaches the fp32 weight as it was summed, not by way of bf16; a bf16
     weight's is rounded once."""
     taken = []
+    monkeypatch.setattr(_wgrad, "unable", lambda: None)
     call = _wgrad.wgrad
     monkeypatch.setattr(_wgrad, "wgrad", lambda *a: (taken.append(a[1].shape[1]), call(*a))[1])
     torch.manual_seed(0)
@@ -175,9 +198,31 @@ def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_only_what_it_takes(monkeypatch):
     monkeypatch.setattr(_wgrad, "unable", lambda: None)
+    monkeypatch.setattr(_wgrad, "why_not", lambda *_: None)
+    _wgrad._runs.cache_clear()
     x = torch.randn(2, 128, 6, 6).bfloat16()
+    nhwc = x.contiguous(memory_format=CL)
     weight = torch.randn(128, 128, 3, 3)
-    assert _wgrad.runs(x.contiguous(memory_format=CL), weight, PLAIN)
-    assert not _wgrad.runs(x, weight, PLAIN)
+    assert _wgrad.runs(nhwc, nhwc, weight, PLAIN)
+    assert not _wgrad.runs(x, x, weight, PLAIN)
+    assert not _wgrad.runs(nhwc.float(), nhwc, weight, PLAIN)
     with fastres.use_backend("reference"):
-        assert not _wgrad.runs(x.contiguous(memory_format=CL), weight, PLAIN)
+        assert not _wgrad.runs(nhwc, nhwc, weight, PLAIN)
+    _wgrad._runs.cache_clear()
+
+
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["nchw", "nhwc"])
+def test_the_fake_gradient_has_its_strides(size, layout):
+    """Inductor asserts them. An image of one pixel is NCHW and NHWC at once."""
+    weight = torch.randn(32, 32, 3, 3).bfloat16().contiguous(memory_format=layout)
+    x = torch.randn(2, 32, size, size).bfloat16().contiguous(memory_format=layout)
+    dy = torch.randn(2, 32, size, size).bfloat16().contiguous(memory_format=layout)
+
+    def dw(dy, x, weight):
+        return _units.conv_bwd(dy, x, weight, list(PLAIN), False, True)[1]
+
+    real = dw(dy, x, weight)
+    with FakeTensorMode() as mode:
+        fake = dw(*map(mode.from_tensor, (dy, x, weight)))
+    assert real.stride() == fake.stride()

@@ -12,8 +12,6 @@
 // the sums of all parts once.
 // Accumulation: fp32, over the pixels of a chunk, its part, then the parts, in order, whatever the
 // number of threads. The instruction takes denormals for 0.
-#include <algorithm>
-
 #include "drivers.h"
 
 namespace fastres {
@@ -225,8 +223,8 @@ struct Cut {
         along{p.w, p.ow, p.taps[1], p.stride[1], p.padding[1], p.dilation[1]},
         pairs(ceil_div(p.n, 2)) {
     const int64_t pixels = p.oh * p.ow;
-    const int64_t most = std::clamp(kChunk / (4 * (p.c + p.k)), kLeast, kMost);
-    images = std::clamp<int64_t>(most / pixels, 1, pairs);
+    const int64_t most = min64(max64(kChunk / (4 * (p.c + p.k)), kLeast), kMost);
+    images = min64(max64(most / pixels, 1), pairs);
     rows = ceil_div(p.oh, pixels > most ? min64(p.oh, ceil_div(pixels, most)) : 1);
   }
   bool whole() const { return images >= pairs && rows >= p.oh; }  // one chunk
@@ -326,6 +324,12 @@ void add_rows(const Cut& cut, float* dw, int64_t from, int64_t to, bool past_cac
 
 bool conv_wgrad_runs() { return has_bf16_dot(); }
 
+int64_t conv_wgrad_jobs(const ConvWgrad& p) {
+  const int64_t parts = Cut(p).parts();
+  const int64_t tiles = ceil_div(p.c, kCols) * ceil_div(p.k, kRows) * p.taps[0] * p.taps[1];
+  return parts > 1 ? parts : tiles;
+}
+
 void conv_wgrad(const ConvWgrad& p) {
   const Cut cut(p);
   const int64_t all = cut.pairs * p.oh, parts = cut.parts(), size = cut.size();
@@ -360,6 +364,7 @@ void conv_wgrad(const ConvWgrad& p) {
 #else
 
 bool conv_wgrad_runs() { return false; }
+int64_t conv_wgrad_jobs(const ConvWgrad&) { return 0; }
 void conv_wgrad(const ConvWgrad&) {}
 
 #endif

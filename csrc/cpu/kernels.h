@@ -70,6 +70,7 @@ struct ConvWgrad {
   void winograd_wgrad(const WinogradWgrad&);                 \
   int64_t winograd_wgrad_jobs(const WinogradWgrad&);         \
   bool conv_wgrad_runs();                                    \
+  int64_t conv_wgrad_jobs(const ConvWgrad&);                 \
   void conv_wgrad(const ConvWgrad&);
 
 namespace portable {
@@ -99,7 +100,8 @@ struct Kernels {
   void (*winograd_fprop)(const WinogradFprop&);
   void (*winograd_wgrad)(const WinogradWgrad&);
   int64_t (*winograd_wgrad_jobs)(const WinogradWgrad&);
-  bool (*conv_wgrad_runs)();  // whether conv_wgrad may be called
+  bool (*conv_wgrad_runs)();                     // whether conv_wgrad may be called
+  int64_t (*conv_wgrad_jobs)(const ConvWgrad&);  // what the threads can share
   void (*conv_wgrad)(const ConvWgrad&);
 };
 

@@ -44,7 +44,7 @@ class ScratchBuffer {
         ISA::relu_bwd, ISA::bn_relu_maxpool, ISA::bn_relu_maxpool_bwd_reduce,                     \
         ISA::bn_relu_maxpool_bwd_apply, ISA::max_pool, ISA::abs_max, ISA::winograd_weights,       \
         ISA::winograd_fprop, ISA::winograd_wgrad, ISA::winograd_wgrad_jobs, ISA::conv_wgrad_runs, \
-        ISA::conv_wgrad                                                                           \
+        ISA::conv_wgrad_jobs, ISA::conv_wgrad                                                     \
   }
 
 // Worst first. A variant that was not built is not in the list.

@@ -78,9 +78,9 @@ def refuse_double_backward(name: str) -> tuple[Callable, Callable]:
     return setup, backward
 
 
-def plain_eager(*tensors: torch.Tensor) -> bool:
-    """Whether nothing watches the dispatcher (compile, export, modes, subclasses), so that it may
-    be skipped."""
+def plain_eager(*tensors: torch.Tensor | None) -> bool:
+    """Whether nothing watches the dispatcher (compile, export, modes, subclasses, vmap),
+    so that it may be skipped with these tensors."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
@@ -89,4 +89,14 @@ def plain_eager(*tensors: torch.Tensor) -> bool:
     )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+def plain_backward(dz: torch.Tensor) -> bool:
+    """As plain_eager, of a backward that is not to be differentiated; false for the batches of
+    torch.autograd.grad(is_grads_batched=True), too."""
+    return (
+        not torch.is_grad_enabled()
+        and plain_eager(dz)
+        and not torch._C._functorch.is_legacy_batchedtensor(dz)
+    )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))

@@ -21,6 +21,7 @@ from fastres._layout import is_dense, is_nhwc, mask_shape
 
 from ._args import BatchNorm
 from ._ladder import Stage
+from ._library import plain_backward
 from ._units import (
     Backward,
     Fprop,
@@ -270,7 +271,7 @@ class BlockNode(torch.autograd.Function):
         weights, gammas, betas, ys, stats = [list(saved[2 + k * n :][:n]) for k in range(5)]
         needs = ctx.needs_input_grad
         need_dx, need_dw = needs[3], list(needs[4 : 4 + n])
-        if torch.is_grad_enabled():
+        if not plain_backward(dz):
             # create_graph: the registered op records a node that refuses to be differentiated
             stage = program.stage
             config = stage.main, stage.projection, stage.geometry, stage.training, stage.fusion

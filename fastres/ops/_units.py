@@ -163,7 +163,7 @@ def backward_of(
             pass
         elif _winograd_runs("wgrad", x, weight, geometry, batch_statistics):
             wgrad = lambda dy, x: _winograd.wgrad(dy, x, ph)  # noqa: E731
-        elif _wgrad.runs(x, weight, geometry):
+        elif _wgrad.runs(dy, x, weight, geometry):
             taps = weight.shape[2:]
             wgrad = lambda dy, x: _wgrad.wgrad(dy, x, taps, geometry)  # noqa: E731
         elif _pointwise.runs("wgrad", x, weight, geometry):

@@ -28,7 +28,7 @@ from ._args import (
     raw_conv,
 )
 from ._ladder import check_fusion, weight_like
-from ._library import define, plain_eager, refuse_double_backward
+from ._library import define, plain_backward, plain_eager, refuse_double_backward
 from ._one_conv import (
     conv_alloc,
     conv_grads,
@@ -243,7 +243,7 @@ def _backward(ctx, dz, *_):
     )
     need_x, need_w, need_b = ctx.needs_input_grad[:3]
     # create_graph: the registered op records a node that refuses to be differentiated
-    direct = getattr(ctx, "direct", False) and not torch.is_grad_enabled()
+    direct = getattr(ctx, "direct", False) and plain_backward(dz)
     run: Callable = _conv_bn_act_bwd if direct else torch.ops.fastres.conv_bn_act_bwd
     dx, dw, db, dgamma, dbeta, dres, res_dgamma = run(
         dz, mask, x, weight, ctx.geometry, y, stats, gamma, beta, ctx.training, residual, res_stats,
@@ -337,10 +337,15 @@ def _run(
         )
     save = needs_grad(x, conv.weight, conv.bias, gamma, beta, residual, res[0], res[1])
     run: Callable = torch.ops.fastres.conv_bn_act
-    if save and plain_eager(x, conv.weight, *([] if residual is None else [residual])):
+    running = bn.running(shape[1], x)
+    if (
+        save
+        and not torch._C._is_tracing()
+        and plain_eager(x, conv.weight, conv.bias, gamma, beta, *running, residual, *res[:4])
+    ):
         run = _EagerNode.apply
     z, _, _, stats, res_stats = run(
-        x, conv.weight, conv.bias, conv.geometry(), gamma, beta, *bn.running(shape[1], x),
+        x, conv.weight, conv.bias, conv.geometry(), gamma, beta, *running,
         bn.training, bn.eps, residual, *res, relu, save, fusion,
     )  # fmt: skip
     bns = [bn] if residual_bn is None else [bn, residual_bn]

@@ -44,7 +44,7 @@ from ._ladder import (
     weight_like,
 )
 from ._ladder_bwd import backward
-from ._library import define, plain_eager, refuse_double_backward
+from ._library import define, plain_backward, plain_eager, refuse_double_backward
 from ._rung_b import BlockNode, Program
 from ._units import (
     GEOMETRY,
@@ -380,7 +380,7 @@ class _EagerNode(torch.autograd.Function):
         gammas, betas = saved[4:6]
         need_x, need_w = ctx.needs_input_grad[2], list(ctx.needs_input_grad[3 : 3 + n])
         config = stage.main, stage.projection, stage.geometry, stage.training, stage.fusion
-        if torch.is_grad_enabled():
+        if not plain_backward(dz):
             # create_graph: the registered op records a node that refuses to be differentiated
             op: Callable = torch.ops.fastres.residual_stage_bwd
             dx, dws, dgammas, dbetas = op(dz, *saved, *config, need_x, need_w)
@@ -473,7 +473,7 @@ def _run(op: str, x: Tensor, blocks: list[Block], fusion: str | None) -> Tensor:
         update_running_stats(bns, stats, counts)
 
     columns = (weights, gammas, betas, means, variances)
-    if not plain_eager(x, *weights):
+    if not plain_eager(x, *(t for column in columns for t in column)):
         z, _, _, _, stats = torch.ops.fastres.residual_stage(x, *columns, *stage, save)
         update(stats)
     elif save:
@@ -506,7 +506,7 @@ def trains_eagerly(x: Tensor, every: list[Unit]) -> bool:
     what a Program runs."""
     return (
         all([u.bn.training for u in every])
-        and plain_eager(x, *[u.conv.weight for u in every])
+        and plain_eager(x, *[t for u in every for t in (u.conv.weight, u.bn.weight, u.bn.bias)])
         and torch.is_grad_enabled()
         and (
             x.requires_grad
