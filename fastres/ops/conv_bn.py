@@ -338,11 +338,9 @@ def _run(
     save = needs_grad(x, conv.weight, conv.bias, gamma, beta, residual, res[0], res[1])
     run: Callable = torch.ops.fastres.conv_bn_act
     running = bn.running(shape[1], x)
-    if (
-        save
-        and not torch._C._is_tracing()
-        and plain_eager(x, conv.weight, conv.bias, gamma, beta, *running, residual, *res[:4])
-    ):
+    tensors = x, conv.weight, conv.bias, gamma, beta, *running, residual, *res[:4]
+    # torch.jit's tracing last: torch.compile does not take the question
+    if save and plain_eager(*tensors) and not torch._C._is_tracing():
         run = _EagerNode.apply
     z, _, _, stats, res_stats = run(
         x, conv.weight, conv.bias, conv.geometry(), gamma, beta, *running,
