@@ -112,3 +112,12 @@ def no_vendor(monkeypatch):
                 monkeypatch.setattr(owner, name, fail)
 
     return arm
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

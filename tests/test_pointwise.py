@@ -13,19 +13,11 @@ from fastres import _pointwise as pointwise
 from fastres.ops import _units
 
 torchvision = pytest.importorskip("torchvision")
+pytestmark = pytest.mark.usefixtures("poisoned")
 CL = torch.channels_last
 # C, K, height, width, stride
 SHAPES = [(8, 16, 5, 7, 1), (24, 35, 7, 7, 2), (3, 64, 1, 1, 1), (64, 8, 6, 5, 3), (16, 1, 4, 4, 1)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Fresh memory is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def make(c: int, k: int, h: int, w: int, s: int, dtype: torch.dtype, n: int = 3):

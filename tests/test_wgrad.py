@@ -14,6 +14,7 @@ from fastres import _heuristic, _native, _wgrad, plan
 from fastres.ops import _units
 
 torchvision = pytest.importorskip("torchvision")
+pytestmark = pytest.mark.usefixtures("poisoned")
 CL = torch.channels_last
 PLAIN = (1, 1, 1, 1, 1, 1, 1)  # stride, padding, dilation, groups
 RUNS = _native.why_missing() is None and _native.module().conv_wgrad_runs()
@@ -38,15 +39,6 @@ SHAPES = [
     (2, 256, 3, 3, 1024, (1, 1), (1, 1, 0, 0, 1, 1, 1)),  # dw past the caches
     (4, 128, 4, 4, 300, (3, 3), PLAIN),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Fresh memory is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def make(n, c, h, w, k, taps, geometry):
@@ -120,6 +112,7 @@ def test_a_value_that_is_not_finite_stays_with_its_channels():
 )
 def test_who_takes_it(monkeypatch, change, reason):
     monkeypatch.setattr(_wgrad, "unable", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # more ask the kernel
     call = {
         "shape": (4, 256, 14, 14), "dtype": torch.bfloat16, "k": 256, "geometry": PLAIN,
         "taps": (3, 3), **change,
@@ -130,7 +123,7 @@ def test_who_takes_it(monkeypatch, change, reason):
     assert _wgrad.why_not(**call) is not None
 
 
-@pytest.mark.skipif(_native.why_missing() is not None, reason="no C++ kernels")
+@needs_kernel
 @pytest.mark.parametrize(
     ("shape", "k", "threads", "reason"),
     [
@@ -143,8 +136,6 @@ def test_who_takes_it(monkeypatch, change, reason):
     ],
 )
 def test_what_too_few_threads_can_share_is_left(monkeypatch, shape, k, threads, reason):
-    if not RUNS:
-        pytest.skip("no AVX512_BF16")
     monkeypatch.setattr(_wgrad, "unable", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert _wgrad.why_not(shape, torch.bfloat16, k, PLAIN, (3, 3)) == reason
@@ -154,6 +145,7 @@ def test_a_block_of_many_weights_is_fused_for_it(monkeypatch):
     """ResNet-18's last stage on 8 images has too few outputs for fusion to pay by itself."""
     calls = (((8, 512, 7, 7), 512, (3, 3), PLAIN),) * 2
     monkeypatch.setattr(_wgrad, "unable", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # more ask the kernel
     ask = _heuristic.of_block.__wrapped__
     assert ask(calls, torch.bfloat16, True, True, 700_000) == plan.HEURISTIC
     assert ask(calls, torch.bfloat16, False, True, 700_000)[0] == plan.EAGER  # NCHW

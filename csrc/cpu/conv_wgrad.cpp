@@ -39,31 +39,35 @@ using Pair = uint32_t;  // the low half from the first image
 
 // One axis of the convolution.
 struct Axis {
-  int64_t in, out, taps, stride, padding, dilation;
+  int64_t in, taps, stride, padding, dilation;
   FASTRES_INLINE int64_t at(int64_t output, int64_t tap) const {
     return output * stride - padding + tap * dilation;
   }
 };
 
-// The outputs [begin, end) of an axis, and the inputs from, from + step, ... that are packed for
-// them.
-struct Span {
-  int64_t begin, end, from, step, count;
-
-  // outputs whose input under a tap lies in the image
-  static Span inside(const Axis& axis, int64_t begin, int64_t end, int64_t tap) {
+// The outputs [begin, end) of an axis whose input under a tap lies in the image.
+struct Range {
+  int64_t begin, end;
+  Range(const Axis& axis, int64_t first, int64_t last, int64_t tap) : begin(first), end(last) {
     while (begin < end && axis.at(begin, tap) < 0) ++begin;
     while (begin < end && axis.at(end - 1, tap) >= axis.in) --end;
-    return {begin, end, 0, 1, 0};
   }
-  static Span packed(const Axis& axis, int64_t begin, int64_t end) {
+};
+
+// The inputs from, from + step, ... of an axis that are packed for outputs [begin, end).
+struct Span {
+  int64_t from, step, count;
+  Span(const Axis& axis, int64_t begin, int64_t end) {
     if (axis.taps == 1) {
-      const Span met = inside(axis, begin, end, 0);
-      return {begin, end, axis.at(met.begin, 0), axis.stride, met.end - met.begin};
+      const Range met(axis, begin, end, 0);
+      from = axis.at(met.begin, 0);
+      step = axis.stride;
+      count = met.end - met.begin;
+    } else {
+      from = max64(0, axis.at(begin, 0));
+      step = 1;
+      count = max64(0, min64(axis.in, axis.at(end - 1, axis.taps - 1) + 1) - from);
     }
-    const int64_t from = max64(0, axis.at(begin, 0));
-    const int64_t stop = min64(axis.in, axis.at(end - 1, axis.taps - 1) + 1);
-    return {begin, end, from, 1, max64(0, stop - from)};
   }
   FASTRES_INLINE int64_t index(int64_t input) const { return (input - from) / step; }
 };
@@ -219,8 +223,8 @@ struct Cut {
 
   explicit Cut(const ConvWgrad& p)
       : p(p),
-        down{p.h, p.oh, p.taps[0], p.stride[0], p.padding[0], p.dilation[0]},
-        along{p.w, p.ow, p.taps[1], p.stride[1], p.padding[1], p.dilation[1]},
+        down{p.h, p.taps[0], p.stride[0], p.padding[0], p.dilation[0]},
+        along{p.w, p.taps[1], p.stride[1], p.padding[1], p.dilation[1]},
         pairs(ceil_div(p.n, 2)) {
     const int64_t pixels = p.oh * p.ow;
     const int64_t most = min64(max64(kChunk / (4 * (p.c + p.k)), kLeast), kMost);
@@ -248,7 +252,7 @@ void add_chunk(const Cut& cut, float* dw, int64_t n, int64_t images, int64_t beg
                Store how, int slot, const E& each) {
   const ConvWgrad& p = cut.p;
   const Axis &down = cut.down, &along = cut.along;
-  const Span rows = Span::packed(down, begin, end), cols = Span::packed(along, 0, p.ow);
+  const Span rows(down, begin, end), cols(along, 0, p.ow);
   const int64_t x_panels = ceil_div(p.c, kCols), dy_panels = ceil_div(p.k, kRows);
   Panels x(nullptr, kCols, cols.count, rows.count, images);
   Panels dy(nullptr, kRows, p.ow, end - begin, images);
@@ -281,7 +285,7 @@ void add_chunk(const Cut& cut, float* dw, int64_t n, int64_t images, int64_t beg
     for (int64_t job = first; job < last; ++job) {
       const int64_t tap = job % taps, r = tap / along.taps, s = tap % along.taps;
       const int64_t i = job / taps % dy_panels, j = job / taps / dy_panels;
-      const Span py = Span::inside(down, begin, end, r), px = Span::inside(along, 0, p.ow, s);
+      const Range py(down, begin, end, r), px(along, 0, p.ow, s);
       const int64_t k = min64(kRows, p.k - i * kRows), c = min64(kCols, p.c - j * kCols);
       const int64_t vecs = ceil_div(c, kW);
       Pixels pixels = {dy.data,
